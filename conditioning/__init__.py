@@ -1,0 +1,1 @@
+"""Everything that the U-Net is told besides the noisy latents and the time. A leaf: imports nothing of ours."""

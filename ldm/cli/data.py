@@ -1,0 +1,93 @@
+"""Check a folder of images before training on it, or write the built-in scenes to disk as such a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.errors import UserError, user_input
+
+if TYPE_CHECKING:
+    from ldm.data.check import CheckReport
+
+_EXAMPLES = 3
+"""Files named on screen for each kind of warning; the JSON report names all."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommands `check` and `scenes`."""
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="check|scenes")
+    check = commands.add_parser("check", help="list every image that cannot be used, with the reason")
+    check.description = "Exit code 0: all can be used; 1: some cannot; 2: the folder as a whole cannot."
+    check.add_argument("root", metavar="ROOT", help="folder with metadata.jsonl|csv, class subfolders, or just images")
+    check.add_argument("--caption-column", default="text", metavar="NAME", help="of the metadata file (default text)")
+    check.add_argument("--min-side", type=int, default=64, metavar="PX", help="warn of smaller images (default 64)")
+    check.add_argument(
+        "--workers", type=int, metavar="N", help="files read at once (default: as many as cores, 8 at most)"
+    )
+    check.add_argument("--json", type=Path, metavar="OUT", help="write the whole report to this file")
+
+    scenes = commands.add_parser("scenes", help="write the built-in scenes as a folder of images")
+    scenes.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
+    scenes.add_argument("--count", type=int, default=1000, metavar="N", help="images (default 1000)")
+    scenes.add_argument("--resolution", type=int, default=64, metavar="R", help="side in pixels (default 64)")
+    scenes.add_argument("--kind", choices=("shapes", "emoji"), default="shapes")
+    scenes.add_argument("--seed", type=int, default=0, metavar="S")
+    scenes.add_argument("--split", choices=("train", "held_out"), default="train", help="held_out: never in train")
+    scenes.add_argument("--max-objects", type=int, default=1, metavar="M", help="objects a scene, 1 to 3 (default 1)")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    """Run the chosen subcommand. Returns the exit code."""
+    return run_check(args) if args.data_command == "check" else run_scenes(args)
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """`ldm data check`: unusable files and the summary on stdout, warnings and progress on stderr."""
+    from tqdm import tqdm
+
+    from ldm.data.check import check_folder
+
+    for name, value in (("--workers", args.workers), ("--min-side", args.min_side)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}: found {value}; allowed is 1 or more")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise UserError(f"--json: no folder {args.json.parent}; make it, or name another place")
+    report = check_folder(
+        args.root,
+        caption_column=args.caption_column,
+        min_side=args.min_side,
+        threads=args.workers,
+        on_unusable=lambda problem: tqdm.write(f"{problem.name}: {problem.reason}", file=sys.stdout),
+    )
+    _print_warnings(report)
+    print(report.summary())
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 1 if report.unusable else 0
+
+
+def run_scenes(args: argparse.Namespace) -> int:
+    """`ldm data scenes`: a folder that the source `folder` reads."""
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UserError(f"{args.out}: it exists and is not an empty folder; nothing was written; name another")
+
+    from ldm.data.scenes import ScenesConfig
+    from ldm.data.scenes_folder import write_scenes
+
+    with user_input("ldm data scenes", ValueError):
+        config = ScenesConfig(
+            kind=args.kind, count=args.count, seed=args.seed, split=args.split, max_objects=args.max_objects
+        )
+        write_scenes(config, args.resolution, args.out, args.count)
+    print(f"{args.out}: {args.count} images of {args.resolution} px; train with data.root={args.out}")
+    return 0
+
+
+def _print_warnings(report: CheckReport) -> None:
+    for what, names in report.warnings.items():
+        more = f" and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
+        print(f"warning: {what}: {', '.join(names[:_EXAMPLES])}{more}", file=sys.stderr)

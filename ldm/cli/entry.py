@@ -1,0 +1,41 @@
+"""The way from a command to its exit code: bad input is one line and 2, everything unexpected keeps its traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from ldm.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def run_command(name: str, command: Callable[[], int | None]) -> int:
+    """Run `command` and return the exit code of the process.
+
+    `UserError` and `OSError` (missing file, full or read-only disk) print one line to stderr and give 2; Ctrl-C gives
+    130. `LDM_TRACEBACK=1` keeps the traceback of user errors too.
+    """
+    try:
+        return command() or 0
+    except (UserError, OSError) as error:
+        if os.environ.get("LDM_TRACEBACK"):
+            raise
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output has gone (`ldm ... | head`): leave quietly, as other tools do.
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - lives until exit
+            return 128 + signal.SIGPIPE
+        print(f"{name}: {_one_line(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _one_line(error: UserError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}"
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""From files, datasets and built-in scenes to batches."""

@@ -1,0 +1,216 @@
+"""Batches for training: a pure function of (seed, step, position), whatever the number of workers and processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data.order import replacement_for, sample_at
+from ldm.data.quarantine import Quarantine as Quarantine
+from ldm.data.sample import BadSample, Batch, Source
+from ldm.data.sources import DataConfig
+from ldm.data.transforms import Transformed, apply_geometry, draw_geometry
+from ldm.errors import UserError
+from ldm.randomness import derive_seed, generator_for
+
+_ATTEMPTS = 20
+"""Stand-ins tried for one unusable sample before the run stops: so many in a row mean that most of the data is bad."""
+
+
+class LatentReader(Protocol):
+    """What the latent cache offers: posterior moments instead of pixels, of the centre crop."""
+
+    supports_flip: bool
+    """Whether the moments of mirrored images are held too."""
+
+    def read(self, index: int, flipped: bool) -> tuple[np.ndarray | Tensor, np.ndarray | Tensor]:
+        """Mean and log-variance, each [C, h, w]. Raises `BadSample` if the image could not be encoded."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One place of a batch, filled."""
+
+    key: str
+    caption: str
+    label: int | None
+    tensors: Transformed
+    moments: tuple[Tensor, Tensor] | None
+    bad: tuple[tuple[str, str], ...]
+
+
+class TrainingBatches:
+    """The micro-batches of one rank from `start_step` up to, not including, `end_step`; `accumulation` of them a step.
+
+    `batch_size` is the global one. With b = batch_size // (world_size * accumulation), micro-batch a of rank r holds
+    the positions a * b * world_size + r * b + i, i = 0..b-1: all ranks' micro-batches together are the global batch.
+    Each sample's crop, flip and caption depend on (seed, epoch, index) alone.
+
+    A sample that cannot be used is replaced by one chosen from (seed, epoch, index) and reported in `Batch.bad`.
+    With a `reader`, moments are read instead of images. Raises `UserError` for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        end_step: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        reader: LatentReader | None = None,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        parts = world_size * accumulation
+        if batch_size < 1 or batch_size % parts:
+            raise UserError(
+                f"batch_size: found {batch_size} for {world_size} processes x accumulation {accumulation}; "
+                f"allowed is a multiple of {parts}; set {max(1, round(batch_size / parts)) * parts}"
+            )
+        if reader is not None:
+            _check_reader(reader, config)
+        micro_batches = _MicroBatches(source, config, batch_size, accumulation, seed, rank, world_size, reader)
+        self._micro_steps = range(start_step * accumulation, max(start_step, end_step) * accumulation)
+        self._loader = DataLoader(
+            micro_batches,
+            batch_size=None,  # an item is a micro-batch already
+            sampler=self._micro_steps,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=workers > 0,
+            worker_init_fn=_prepare_worker,
+            pin_memory=pin_memory,
+            generator=torch.Generator().manual_seed(0),  # else the loader draws from the global one
+        )
+
+    def __len__(self) -> int:
+        """Number of micro-batches."""
+        return len(self._micro_steps)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, UserError):  # the loader would bury it in a worker's traceback
+                raise batch
+            yield batch
+
+
+@dataclass(frozen=True)
+class _MicroBatches(Dataset[Batch | UserError]):
+    """Item n is micro-batch n % accumulation of step n // accumulation. Runs in the workers."""
+
+    source: Source
+    config: DataConfig
+    batch_size: int
+    accumulation: int
+    seed: int
+    rank: int
+    world_size: int
+    reader: LatentReader | None
+
+    def __getitem__(self, micro_step: int) -> Batch | UserError:
+        step, micro_batch = divmod(micro_step, self.accumulation)
+        size = self.batch_size // (self.world_size * self.accumulation)
+        first = (micro_batch * self.world_size + self.rank) * size
+        positions = range(first, first + size)
+        try:
+            return _collate([self._item(step, position) for position in positions], positions)
+        except UserError as error:
+            return error
+
+    def _item(self, step: int, position: int) -> _Item:
+        """The sample at `position`, or the first usable one of its stand-ins."""
+        length = len(self.source)
+        epoch, first = sample_at(step, position, self.batch_size, length, self.seed)
+        bad: list[tuple[str, str]] = []
+        index = first
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._load(epoch, index, tuple(bad))
+            except BadSample as error:
+                bad.append((error.key, error.reason))
+                index = replacement_for(first, epoch, attempt, length, self.seed)
+        raise UserError(
+            f"data: {_ATTEMPTS} samples in a row cannot be used (first {bad[0][0]}: {bad[0][1]}); "
+            "run `ldm data check` on the folder to list them all"
+        )
+
+    def _load(self, epoch: int, index: int, bad: tuple[tuple[str, str], ...]) -> _Item:
+        geometry = draw_geometry(self.config, generator_for(self.seed, "transform", epoch, index))
+        sample = self.source.read(index, with_image=self.reader is None)
+        moments = None
+        if self.reader is not None:
+            mean, logvar = self.reader.read(index, geometry.flipped)
+            moments = (torch.as_tensor(mean).float(), torch.as_tensor(logvar).float())  # [C, h, w] each
+        caption = sample.captions[derive_seed(self.seed, "caption", epoch, index) % len(sample.captions)]
+        tensors = apply_geometry(sample, self.config.resolution, geometry)
+        return _Item(sample.key, caption, sample.label, tensors, moments, bad)
+
+
+def _check_reader(reader: LatentReader, config: DataConfig) -> None:
+    """Cached latents are of one fixed crop, so what the config asks for must be what the cache holds."""
+    if config.crop == "random":
+        raise UserError("data.crop: found random with a latent cache; allowed is center; set it or turn the cache off")
+    if config.flip and not reader.supports_flip:
+        raise UserError("data.flip: found true with a latent cache made without flips; build the cache anew")
+
+
+def _collate(items: Sequence[_Item], positions: Sequence[int]) -> Batch:
+    def stack(name: str, parts: Sequence[Tensor | None]) -> Tensor | None:
+        there = [part for part in parts if part is not None]
+        if there and len(there) < len(items):
+            lacking = next(item.key for item, part in zip(items, parts, strict=True) if part is None)
+            raise UserError(f"data: {lacking} has no {name} while other samples have; give one to all or to none")
+        return torch.stack(there) if there else None
+
+    labels = [None if item.label is None else torch.tensor(item.label) for item in items]
+    means = stack("latents", [item.moments[0] if item.moments else None for item in items])
+    logvars = stack("latents", [item.moments[1] if item.moments else None for item in items])
+    return Batch(
+        keys=tuple(item.key for item in items),
+        positions=tuple(positions),
+        captions=tuple(item.caption for item in items),
+        images=stack("image", [item.tensors.image for item in items]),  # [B, 3, R, R]
+        semantic=stack("semantic map", [item.tensors.semantic for item in items]),  # [B, R, R]
+        masks=stack("mask", [item.tensors.mask for item in items]),  # [B, 1, R, R]
+        labels=stack("label", labels),  # [B]
+        moments=None if means is None or logvars is None else (means, logvars),  # [B, C, h, w] each
+        bad=tuple(pair for item in items for pair in item.bad),
+    )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _prepare_worker(worker: int) -> None:
+    """Workers share the cores with the training process, and live as long as it does.
+
+    Schedulers send SIGTERM to every process of a job. The training process then saves a checkpoint; if its workers died
+    meanwhile it would be interrupted in that. So a worker obeys a SIGTERM of its parent only.
+    """
+    torch.set_num_threads(1)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

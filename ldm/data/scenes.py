@@ -1,0 +1,398 @@
+"""Built-in scenes: a procedural, captioned dataset with semantic maps and exact ground truth (DESIGN.md 6).
+
+A scene is one to three objects on a named background colour. It is a pure function of (seed, split, index), holds
+fractions of the image side rather than pixels, and so is the same picture at every resolution. Combinations chosen by
+a hash, for ever and whatever the seed, are held out of the training split: they measure composition, not memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, TypeVar
+
+from ldm.data.sample import Sample
+from ldm.data.scene_rendering import (
+    BACKGROUNDS,
+    EMOJI,
+    EMOJI_FONT,
+    PALETTE,
+    RELATIONS,
+    SHAPE_COLOURS,
+    SHAPES,
+    Scene,
+    SceneObject,
+    caption,
+    captions,
+    render_image,
+    render_semantic,
+    require_emoji_font,
+)
+from ldm.errors import UserError
+from ldm.randomness import derive_seed
+
+VERSION = 1  # part of the fingerprint: raise it when the same config would draw other pictures or captions
+SIZES = ("small", "large")
+_T = TypeVar("_T")
+
+MARGIN = 0.04  # of the side: between an object and the border
+GAP = 0.06  # of the side: between two objects
+# Range of an object's side as a fraction of the image's, by the most objects that a scene of the config can hold.
+SIZE_RANGES: dict[int, dict[str, tuple[float, float]]] = {
+    1: {"small": (0.36, 0.42), "large": (0.56, 0.66)},
+    2: {"small": (0.22, 0.27), "large": (0.34, 0.40)},
+    3: {"small": (0.22, 0.27), "large": (0.34, 0.40)},
+}
+_SLANT = 0.6  # two objects in a relation: least ratio of their distance across to that along is 0, greatest is this
+_ATTEMPTS = 100_000
+_PROMPT_SEARCH = 50  # draws per prompt before there are taken to be no further combinations
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesConfig:
+    """What the scenes show. Empty `objects`, `colours`, `backgrounds` mean all there are."""
+
+    kind: Literal["shapes", "emoji"] = "shapes"
+    count: int = 10_000
+    seed: int = 0
+    objects: tuple[str, ...] = ()
+    colours: tuple[str, ...] = ()  # of the shapes; emoji have their own
+    backgrounds: tuple[str, ...] = ()
+    min_objects: int = 1
+    max_objects: int = 1
+    sizes: tuple[Literal["small", "large"], ...] = ("small", "large")  # worded in captions only when both are there
+    relations: bool = True  # captions of two objects say where the first lies
+    held_out: float = 0.1  # share of the combinations that never occur in the split "train"
+    split: Literal["train", "held_out"] = "train"
+
+    def __post_init__(self) -> None:
+        """Check every field; raise `ValueError` naming it."""
+        _check_choice("kind", self.kind, ("shapes", "emoji"))
+        _check_choice("split", self.split, ("train", "held_out"))
+        _check_names("objects", self.objects, SHAPES if self.kind == "shapes" else tuple(EMOJI))
+        _check_names("colours", self.colours, tuple(PALETTE))
+        _check_names("backgrounds", self.backgrounds, tuple(PALETTE))
+        _check_names("sizes", self.sizes, SIZES)
+        if self.kind == "emoji" and self.colours:
+            raise ValueError(
+                f"colours: found {', '.join(self.colours)} for kind emoji, which have their own; remove it"
+            )
+        if not self.sizes:
+            raise ValueError("sizes: found none; allowed are small, large or both; name at least one")
+        if self.count < 1:
+            raise ValueError(f"count: found {self.count}; allowed is 1 or more; set the number of scenes")
+        if not 0.0 <= self.held_out <= 0.5:
+            raise ValueError(
+                f"held_out: found {self.held_out}; allowed is 0 to 0.5; set the share held out of training"
+            )
+        self._check_numbers_of_objects()
+        self._check_combinations()
+
+    def _check_numbers_of_objects(self) -> None:
+        if not 1 <= self.min_objects <= 3:
+            raise ValueError(f"min_objects: found {self.min_objects}; allowed is 1 to 3; set one of them")
+        if not self.min_objects <= self.max_objects <= 3:
+            allowed = f"min_objects ({self.min_objects}) to 3"
+            raise ValueError(f"max_objects: found {self.max_objects}; allowed is {allowed}; set one of them")
+        if self.max_objects > len(self.object_names):
+            found = f"{self.max_objects} with {len(self.object_names)} kinds of object"
+            raise ValueError(f"max_objects: found {found}; a scene shows each once; lower it or name more objects")
+
+    def _check_combinations(self) -> None:
+        combinations = _all_singles(self)
+        for field, position, names in (
+            ("colours", 1, self.colour_names if self.kind == "shapes" else ()),
+            ("backgrounds", len(combinations[0]) - 1 if combinations else 0, self.background_names),
+        ):
+            for name in names:
+                if all(combination[position] != name for combination in combinations):
+                    raise ValueError(
+                        f"{field}: found {name}, which no scene can show because a shape never has the colour of its "
+                        "background; add another colour or background"
+                    )
+        if self.split == "held_out" and not held_out_singles(self) and not held_out_pairs(self):
+            raise ValueError(
+                f"split: found held_out, but held_out is {self.held_out} and holds none of these few combinations "
+                "back from training; raise held_out or name more objects and colours"
+            )
+
+    @property
+    def object_names(self) -> tuple[str, ...]:
+        """The objects that scenes show; their order gives the classes of the semantic map, from 1 on."""
+        return self.objects or (SHAPES if self.kind == "shapes" else tuple(EMOJI))
+
+    @property
+    def colour_names(self) -> tuple[str, ...]:
+        """The colours of the shapes; none for emoji."""
+        return (self.colours or SHAPE_COLOURS) if self.kind == "shapes" else ()
+
+    @property
+    def background_names(self) -> tuple[str, ...]:
+        """The colours of the background."""
+        return self.backgrounds or BACKGROUNDS
+
+    def size_ranges(self) -> dict[str, tuple[float, float]]:
+        """Size word -> least and greatest side of an object, as a fraction of the image's."""
+        return {size: SIZE_RANGES[self.max_objects][size] for size in SIZES if size in self.sizes}
+
+
+# --- Held-out combinations -------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def held_out_singles(config: ScenesConfig) -> frozenset[tuple[str, ...]]:
+    """The (shape, colour, background) triples, or (emoji, background) pairs, that no training scene holds.
+
+    Those with a hash below `held_out`, or the lowest one if there are none. If that took every combination of an
+    object, a colour or a background, the one of them with the highest hash is given back to training.
+    """
+    combinations = _all_singles(config)
+    return frozenset(_hold_out({single: tuple(enumerate(single)) for single in combinations}, config.held_out))
+
+
+@lru_cache(maxsize=64)
+def held_out_pairs(config: ScenesConfig) -> frozenset[tuple[str, ...]]:
+    """The pairs of objects (names sorted) that no training scene holds together; none if scenes hold one object."""
+    if config.max_objects < 2:
+        return frozenset()
+    names = sorted(config.object_names)
+    pairs: list[tuple[str, ...]] = list(itertools.combinations(names, 2))
+    held = _hold_out({pair: tuple((0, name) for name in pair) for pair in pairs}, config.held_out)
+    return frozenset(_keep_groups_possible(held, names, config.max_objects))
+
+
+def _all_singles(config: ScenesConfig) -> list[tuple[str, ...]]:
+    if config.kind == "emoji":
+        return list(itertools.product(config.object_names, config.background_names))
+    everything = itertools.product(config.object_names, config.colour_names, config.background_names)
+    return [combination for combination in everything if combination[1] != combination[2]]
+
+
+def _hold_out(values: dict[tuple[str, ...], tuple[tuple[int, str], ...]], share: float) -> set[tuple[str, ...]]:
+    """The combinations (keys) whose hash is below `share`, such that of each value's combinations one is left."""
+    if share == 0.0 or not values:
+        return set()
+    held = {combination for combination in values if _rank(combination) < share} or {min(values, key=_rank)}
+    groups: dict[tuple[int, str], list[tuple[str, ...]]] = {}
+    for combination, parts in values.items():
+        for part in parts:
+            groups.setdefault(part, []).append(combination)
+    for group in groups.values():
+        if held.issuperset(group):
+            held.discard(max(group, key=_rank))
+    return held
+
+
+def _keep_groups_possible(held: set[tuple[str, ...]], names: list[str], size: int) -> set[tuple[str, ...]]:
+    """Give pairs back, highest hash first, until every object fits in some group of `size` with no held-out pair."""
+    for name in names:
+        others = [other for other in names if other != name]
+        while not any(
+            held.isdisjoint(itertools.combinations(sorted((name, *group)), 2))
+            for group in itertools.combinations(others, size - 1)
+        ):
+            held.discard(max((pair for pair in held if name in pair), default=max(held, key=_rank), key=_rank))
+    return held
+
+
+def _rank(combination: tuple[str, ...]) -> float:
+    """A number in [0, 1) that depends on the names alone."""
+    digest = hashlib.blake2b("|".join(combination).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def is_held_out(config: ScenesConfig, scene: Scene) -> bool:
+    """Whether the scene holds a combination that training never shows."""
+    return _holds(scene, held_out_singles(config), held_out_pairs(config))
+
+
+def _holds(scene: Scene, singles: frozenset[tuple[str, ...]], pairs: frozenset[tuple[str, ...]]) -> bool:
+    for thing in scene.objects:
+        single = (thing.name, thing.colour, scene.background) if thing.colour else (thing.name, scene.background)
+        if single in singles:
+            return True
+    return any(pair in pairs for pair in itertools.combinations(sorted(thing.name for thing in scene.objects), 2))
+
+
+# --- Drawing a scene from its index ----------------------------------------------------------------------------------
+
+
+def scene_at(config: ScenesConfig, index: int) -> Scene:
+    """The scene of this index in the config's split. Any index >= 0 will do: `count` is not looked at."""
+    # Only random() is used: its numbers are the same in every Python version.
+    draw = random.Random(derive_seed(config.seed, "scene", config.split, index)).random
+    singles, pairs, wanted = held_out_singles(config), held_out_pairs(config), config.split == "held_out"
+    for _ in range(_ATTEMPTS):
+        scene = _draw_content(config, draw)
+        if _holds(scene, singles, pairs) == wanted:
+            return _place(config, scene, draw)
+    raise UserError(f"held_out: found {config.held_out}, which leaves no scene in the split {config.split}; change it")
+
+
+def _draw_content(config: ScenesConfig, draw: Callable[[], float]) -> Scene:
+    number = config.min_objects + int(draw() * (config.max_objects - config.min_objects + 1))
+    background = _pick(config.background_names, draw)
+    colours = tuple(colour for colour in config.colour_names if colour != background)
+    names = list(config.object_names)
+    things = []
+    for _ in range(number):
+        name = names.pop(int(draw() * len(names)))
+        colour = _pick(colours, draw) if colours else None
+        things.append(SceneObject(name, colour, _pick(config.sizes, draw)))
+    relation = _pick(tuple(RELATIONS), draw) if number == 2 and config.relations else None
+    return Scene(config.kind, background, tuple(things), relation, len(config.sizes) > 1)
+
+
+def _pick(choices: tuple[_T, ...], draw: Callable[[], float]) -> _T:
+    return choices[int(draw() * len(choices))]
+
+
+def _place(config: ScenesConfig, scene: Scene, draw: Callable[[], float]) -> Scene:
+    """Give every object its square: inside the margin, apart from the others, in the relation that is stated."""
+    ranges = config.size_ranges()
+    sides = [_between(*ranges[thing.size], draw) for thing in scene.objects]
+    if len(sides) == 1:
+        span = MARGIN, 1 - MARGIN - sides[0]
+        corners = [(_between(*span, draw), _between(*span, draw))]
+    elif len(sides) == 2:
+        corners = _two_corners(sides, scene.relation or _pick(tuple(RELATIONS), draw), draw)
+    else:
+        corners = _cell_corners(sides, draw)
+    objects = tuple(
+        dataclasses.replace(thing, box=(left, top, side))
+        for thing, (left, top), side in zip(scene.objects, corners, sides, strict=True)
+    )
+    return dataclasses.replace(scene, objects=objects)
+
+
+def _two_corners(sides: list[float], relation: str, draw: Callable[[], float]) -> list[tuple[float, float]]:
+    """Left-top corners of two squares of which the first lies in `relation` to the second, clearly so."""
+    first, second = (0, 1) if relation in ("to the left of", "above") else (1, 0)
+    free = 1 - 2 * MARGIN - GAP - sum(sides)
+    near, far = sorted((draw(), draw()))
+    along = [0.0, 0.0]
+    along[first] = MARGIN + free * near
+    along[second] = MARGIN + sides[first] + GAP + free * far
+    centres = [start + side / 2 for start, side in zip(along, sides, strict=True)]
+    reach = _SLANT * abs(centres[0] - centres[1])
+    across = _between(MARGIN, 1 - MARGIN - sides[0], draw)
+    middle = across + (sides[0] - sides[1]) / 2  # where the second square's corner is when the centres are level
+    other = _between(max(MARGIN, middle - reach), min(1 - MARGIN - sides[1], middle + reach), draw)
+    pairs = list(zip(along, (across, other), strict=True))
+    return pairs if relation in ("to the left of", "to the right of") else [(x, y) for y, x in pairs]
+
+
+def _cell_corners(sides: list[float], draw: Callable[[], float]) -> list[tuple[float, float]]:
+    """Left-top corners of up to four squares, each somewhere in its own quarter of the picture."""
+    cell = (1 - 2 * MARGIN - GAP) / 2
+    quarters = [(MARGIN + x * (cell + GAP), MARGIN + y * (cell + GAP)) for x in (0, 1) for y in (0, 1)]
+    corners = []
+    for side in sides:
+        left, top = quarters.pop(int(draw() * len(quarters)))
+        corners.append((left + draw() * (cell - side), top + draw() * (cell - side)))
+    return corners
+
+
+def _between(low: float, high: float, draw: Callable[[], float]) -> float:
+    return low + (high - low) * draw()
+
+
+# --- The dataset -----------------------------------------------------------------------------------------------------
+
+
+class ScenesSource:
+    """The scenes of a config as a `Source`: random access, a pure function of (seed, split, index), nothing stored.
+
+    Scenes of one object have its index as their label.
+    """
+
+    def __init__(self, config: ScenesConfig, resolution: int) -> None:
+        """Raises `UserError` when the resolution is too small or the emoji font is missing."""
+        if resolution < 16:
+            raise UserError(f"resolution: found {resolution}; scenes need 16 pixels or more; raise it")
+        if config.kind == "emoji":
+            require_emoji_font()
+        self.config = config
+        self.resolution = resolution
+        self.classes: tuple[str, ...] = config.object_names if config.max_objects == 1 else ()
+        self.semantic_classes: tuple[str, ...] = ("background", *config.object_names)
+        self.fingerprint = _fingerprint(config, resolution)
+
+    def __len__(self) -> int:
+        return self.config.count
+
+    def read(self, index: int, *, with_image: bool = True) -> Sample:
+        """The sample of this index, 0 <= index < len; `with_image=False` leaves the picture undrawn."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"scene {index} is outside 0..{len(self) - 1}")
+        scene = scene_at(self.config, index)
+        names = self.config.object_names
+        return Sample(
+            key=f"{self.config.split}-{self.config.seed}-{index:06d}",
+            image=render_image(scene, self.resolution) if with_image else None,
+            captions=captions(scene),
+            semantic=render_semantic(scene, self.resolution, names),
+            mask=None,
+            label=names.index(scene.objects[0].name) if self.classes else None,
+            extra=describe(scene),
+        )
+
+
+def describe(scene: Scene) -> dict[str, object]:
+    """The ground truth as plain values: columns of metadata.jsonl."""
+    return {
+        "background": scene.background,
+        "objects": [thing.name for thing in scene.objects],
+        "colours": [thing.colour for thing in scene.objects],
+        "sizes": [thing.size for thing in scene.objects],
+        "boxes": [[round(value, 4) for value in thing.box] for thing in scene.objects],
+        "relation": scene.relation,
+    }
+
+
+def _fingerprint(config: ScenesConfig, resolution: int) -> str:
+    font = EMOJI_FONT.stat().st_size if config.kind == "emoji" else 0  # another font draws other pictures
+    text = json.dumps([VERSION, resolution, font, dataclasses.asdict(config)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def held_out_prompts(config: ScenesConfig, count: int, seed: int = 0) -> list[tuple[str, Scene]]:
+    """`count` prompts (phrasing 0) of held-out combinations and what each should show.
+
+    All differ as far as there are so many; after that they repeat in turn, each as often as any other (to one).
+    """
+    held = dataclasses.replace(config, split="held_out", seed=derive_seed(seed, "held-out prompts"))
+    found: dict[str, Scene] = {}
+    for index in range(_PROMPT_SEARCH * count):
+        scene = scene_at(held, index)
+        found.setdefault(caption(scene), scene)
+        if len(found) == count:
+            break
+    prompts = list(found.items())
+    return [prompts[position % len(prompts)] for position in range(count)]
+
+
+# --- Checks of the config --------------------------------------------------------------------------------------------
+
+
+def _check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field}: found {value!r}; allowed is {' or '.join(allowed)}; choose one of them")
+
+
+def _check_names(field: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in allowed:
+            near = difflib.get_close_matches(str(name), allowed, 1)
+            advice = f"did you mean {near[0]!r}?" if near else "choose some of them"
+            names_allowed = ", ".join(allowed) if len(allowed) < 30 else f"{', '.join(allowed[:8])} and others"
+            raise ValueError(f"{field}: found {name!r}; allowed is {names_allowed}; {advice}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{field}: found {', '.join(names)}; each may be named once; remove the repetition")

@@ -1,0 +1,75 @@
+"""Which data to train on, and how it becomes squares: the config, and the source that it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ldm.data.folder import FolderSource
+from ldm.data.huggingface import HuggingFaceSource
+from ldm.data.sample import Source
+from ldm.data.scenes import ScenesConfig, ScenesSource
+from ldm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the samples come from and how they are cropped."""
+
+    source: Literal["folder", "huggingface", "scenes"] = "folder"
+    root: str | None = None
+    """folder: the folder. huggingface: a folder, a .parquet or .arrow file, or a hub id (only that is downloaded)."""
+    split: str = "train"
+    """huggingface only."""
+    image_column: str = "image"
+    """huggingface only."""
+    caption_column: str = "text"
+    """Column of the dataset or of the metadata file: a caption or a list of captions."""
+    label_column: str | None = None
+    """huggingface only, like the two below; None = not used. A folder's are always `label`, `semantic`, `mask`."""
+    semantic_column: str | None = None
+    mask_column: str | None = None
+    resolution: int = 256
+    """Side of the square images in pixels."""
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    """Mirror half of the samples, left to right."""
+    max_bad_share: float = 0.01
+    """Training stops once more than this share of the samples cannot be used."""
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+
+    def __post_init__(self) -> None:
+        """Check every field; raise `ValueError` naming it."""
+        if self.resolution < 8:
+            raise ValueError(
+                f"resolution: found {self.resolution}; allowed is 8 or more; give the images' side in pixels"
+            )
+        if not 0.0 <= self.max_bad_share <= 1.0:
+            raise ValueError(f"max_bad_share: found {self.max_bad_share}; allowed is 0 to 1; give a share such as 0.01")
+        if self.flip and self.source == "scenes" and self.scenes.relations and self.scenes.max_objects > 1:
+            raise ValueError(
+                "flip: found true with scenes whose captions say left and right; allowed is false; "
+                "remove it or set scenes.relations: false"
+            )
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that `config` names. Raises `UserError` if it is not there or cannot be used."""
+    if config.source == "scenes":
+        return ScenesSource(config.scenes, config.resolution)
+    if not config.root:
+        example = "a folder of images" if config.source == "folder" else "a local dataset or a hub id"
+        raise UserError(
+            f"data.root: found nothing for source {config.source}; give {example}, or set data.source: scenes"
+        )
+    if config.source == "folder":
+        return FolderSource(config.root, caption_column=config.caption_column)
+    return HuggingFaceSource(
+        config.root,
+        split=config.split,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        label_column=config.label_column,
+        semantic_column=config.semantic_column,
+        mask_column=config.mask_column,
+    )

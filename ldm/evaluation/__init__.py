@@ -1,0 +1,1 @@
+"""Measurements on reconstructions and generated images."""

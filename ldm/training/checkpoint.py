@@ -1,0 +1,103 @@
+"""Checkpoints that are whole or not there: written beside the final name, synced, renamed (DESIGN.md 5)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.errors import user_input
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved after `step` updates: tensors by file and name, and plain values."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+class CheckpointFolder:
+    """`checkpoints/step-N/` folders. A folder with its final name is complete, whatever instant a process died at."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+        """Write one checkpoint, then remove the ones that are no longer kept. Call it on one process only."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        final = self.folder / f"step-{step}"
+        if final.exists():
+            return final
+        partial = self.folder / f".partial-step-{step}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, named in tensors.items():
+            contiguous = {key: value.detach().cpu().contiguous() for key, value in named.items()}
+            save_file(contiguous, partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
+        for file in partial.iterdir():
+            sync(file)
+        sync(partial)
+        partial.rename(final)
+        sync(self.folder)
+        self._prune()
+        return final
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, ascending."""
+        if not self.folder.is_dir():
+            return []
+        names = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir())
+        return sorted(int(match[1]) for match in names if match)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, or None."""
+        steps = self.steps()
+        return load_checkpoint(self.folder / f"step-{steps[-1]}") if steps else None
+
+    def _prune(self) -> None:
+        """Remove old checkpoints, and what a killed process left half-written."""
+        for step in self.steps()[: -self.keep]:
+            # Renamed first: a folder that is being deleted must not look like a checkpoint.
+            doomed = self.folder / f".removed-step-{step}"
+            (self.folder / f"step-{step}").rename(doomed)
+        for leftover in [*self.folder.glob(".removed-*"), *self.folder.glob(".partial-*")]:
+            shutil.rmtree(leftover)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read one `step-N` folder; raises `UserError` for one that is missing or damaged."""
+    with user_input(f"checkpoint {folder}", OSError, ValueError, KeyError, SafetensorError):
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+        return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file as a whole: a reader sees the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)

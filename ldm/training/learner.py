@@ -1,0 +1,170 @@
+"""One trained module with its optimiser, learning rate and moving average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserConfig:
+    """AdamW and its learning-rate schedule.
+
+    `lr` is used as it is written: nothing multiplies it by processes or batch size. `warmup_steps` rise linearly
+    from 0; then `schedule` leads from `lr` to `lr * final_lr_ratio` at the last step.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, ...] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = 0
+    final_lr_ratio: float = 0.0
+    clip: float = 1.0  # largest norm of the whole gradient; 0 = no clipping
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr: found {self.lr}; allowed is a number above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: found {list(self.betas)}; allowed are two numbers in [0, 1), e.g. [0.9, 0.999]")
+        for name in ("weight_decay", "warmup_steps", "final_lr_ratio", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: found {getattr(self, name)}; allowed is 0 or more")
+
+
+def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
+    """The rate of update number `step` (from 0) out of `steps`: a pure function, so a resume needs no state."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    falling = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * falling)
+
+
+class Learner:
+    """A module prepared for its device and processes, with everything that belongs to training it.
+
+    `module` is the plain module (saved, evaluated); `wrapped` is what the training step must call, so that data
+    parallelism sees every gradient. Only parameters with `requires_grad` at construction are trained.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        config: OptimiserConfig,
+        accelerator: Accelerator,
+        *,
+        steps: int,
+        ema_decay: float = 0.0,
+    ) -> None:
+        self.name, self.config, self.steps = name, config, steps
+        self._accelerator = accelerator
+        self._names, self._parameters = _trained(module)
+        optimiser = torch.optim.AdamW(
+            self._parameters,
+            lr=config.lr,
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        self.module = module
+        self.wrapped, self.optimiser = accelerator.prepare(module, optimiser)
+        self._names, self._parameters = _trained(module)
+        self.ema = EMAModel(self._parameters, decay=ema_decay) if ema_decay > 0 else None
+
+    def clip_gradients(self) -> Tensor:
+        """Clip to `config.clip` and return the norm before clipping, a scalar on the device (no host sync)."""
+        largest = self.config.clip if self.config.clip > 0 else math.inf
+        norm = self._accelerator.clip_grad_norm_(self._parameters, largest)
+        return torch.as_tensor(norm, device=self._accelerator.device, dtype=torch.float32)
+
+    def update(self, step: int) -> None:
+        """One optimiser step and, if there is one, one step of the moving average; clears the gradients."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.config, step, self.steps)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.step(self._parameters)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the module holds the moving average (its own weights if there is none)."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self._parameters)
+        self.ema.copy_to(self._parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self._parameters)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps: file name -> tensor name -> tensor."""
+        files = {
+            self.name: {name: p.detach() for name, p in zip(self._names, self._parameters, strict=True)},
+            f"{self.name}.optimiser": self._optimiser_tensors(),
+        }
+        if self.ema is not None:
+            files[f"{self.name}.ema"] = dict(zip(self._names, self.ema.shadow_params, strict=True)) | {
+                "optimization_step": torch.tensor(self.ema.optimization_step)
+            }
+        return files
+
+    def load_tensors(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `tensors`; raises `UserError` if the checkpoint is of another model."""
+        self._copy(files, self.name, self._parameters)
+        self._load_optimiser(files[f"{self.name}.optimiser"])
+        if self.ema is not None:
+            self._copy(files, f"{self.name}.ema", self.ema.shadow_params)
+            self.ema.optimization_step = int(files[f"{self.name}.ema"]["optimization_step"])
+
+    def _copy(self, files: Mapping[str, Mapping[str, Tensor]], file: str, targets: list[nn.Parameter]) -> None:
+        saved = files.get(file, {})
+        with torch.no_grad():
+            for name, target in zip(self._names, targets, strict=True):
+                if name not in saved or saved[name].shape != target.shape:
+                    found = tuple(saved[name].shape) if name in saved else "nothing"
+                    raise UserError(
+                        f"checkpoint {file}: found {found} for {name}, the config builds {tuple(target.shape)}; "
+                        "resume with the config that made it, or start a new run with another out="
+                    )
+                target.copy_(saved[name])
+
+    def _optimiser_tensors(self) -> dict[str, Tensor]:
+        state = self.optimiser.state
+        return {
+            f"{name}/{key}": value
+            for name, parameter in zip(self._names, self._parameters, strict=True)
+            for key, value in state.get(parameter, {}).items()
+        }
+
+    def _load_optimiser(self, saved: Mapping[str, Tensor]) -> None:
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for name, value in saved.items():
+            parameter_name, key = name.rsplit("/", 1)
+            by_name.setdefault(parameter_name, {})[key] = value
+        state = {i: by_name[name] for i, name in enumerate(self._names) if name in by_name}
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _trained(module: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return [name for name, _ in named], [parameter for _, parameter in named]

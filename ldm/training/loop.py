@@ -1,0 +1,237 @@
+"""The training loop that both stages share: batches -> backward -> checked update -> log, validate, checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.data.quarantine import Quarantine
+from ldm.data.sample import Batch
+from ldm.errors import UserError
+from ldm.training.checkpoint import Checkpoint, CheckpointFolder
+from ldm.training.learner import Learner
+from ldm.training.run import Run
+from ldm.training.tracking import Tracking
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXIT_STOPPED_BY_SIGNAL = 75
+"""A run that saved itself on SIGTERM or Ctrl-C: EX_TEMPFAIL of sysexits.h, "run the same command again"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, how many at once, how often things are written."""
+
+    steps: int
+    batch_size: int  # images per update, over all processes and micro-batches
+    accumulation: int = 1  # micro-batches per update
+    workers: int = 2  # data loading processes for each training process; 0 = in the training process
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    validate_every: int = 1000
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}; allowed is 1 or more")
+        if self.workers < 0 or self.log_every < 1:
+            raise ValueError(f"workers: found {self.workers}; allowed is 0 or more; log_every: 1 or more")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation: found {self.accumulation}; allowed is a divisor of batch_size = {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Numbers and a picture, None where the stage has nothing to show."""
+
+    numbers: dict[str, float]
+    picture: Image | None = None
+
+
+class Stage(Protocol):
+    """What the loop needs of a stage."""
+
+    @property
+    def learners(self) -> Sequence[Learner]: ...
+
+    def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
+        """Add `share` times the gradient of this micro-batch; return detached scalars, among them `loss`."""
+
+    def validate(self, step: int) -> Validation:
+        """Measure with the averaged weights. Runs on the first process only."""
+
+
+def train(stage: Stage, batches: Iterable[Batch], config: TrainingConfig, run: Run, quarantine: Quarantine) -> None:
+    """Train from `run.start_step` to `config.steps`, resumable at every instant.
+
+    Raises `UserError` if a loss or gradient is not finite or too much data is bad; leaves the process with exit code
+    75 after SIGTERM or Ctrl-C, once the checkpoint is written.
+    """
+    checkpoints = CheckpointFolder(run.folder / "checkpoints", config.keep_checkpoints)
+    tracking = Tracking(run.accelerator, run.folder, run.start_step)
+    micro_batches = iter(batches)
+    with ExitStack() as stack:
+        stack.callback(tracking.close)
+        stopping = stack.enter_context(_stop_on_signal())
+        progress = stack.enter_context(_progress(config, run))
+        meter = _Meter(config.batch_size)
+        for step in range(run.start_step, config.steps):
+            values, stop = _update(stage, micro_batches, step, config, run, quarantine, stopping)
+            done = step + 1
+            progress.update()
+            if done % config.log_every == 0 or done == config.steps:
+                speed = meter.images_per_second(done)
+                tracking.numbers(step, values, {"images_per_second": speed})
+                progress.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.1f} images/s")
+            if done % config.validate_every == 0 or done == config.steps:
+                _validate(stage, step, run, tracking)
+            if stop or done % config.checkpoint_every == 0 or done == config.steps:
+                save(stage, checkpoints, done, run)
+            if stop:
+                progress.close()
+                run.say(f"stopped by a signal after step {done}; saved. The same command goes on from here.")
+                raise SystemExit(EXIT_STOPPED_BY_SIGNAL)
+
+
+def save(stage: Stage, checkpoints: CheckpointFolder, step: int, run: Run) -> None:
+    """Write a checkpoint from the first process while the others wait."""
+    if run.accelerator.is_main_process:
+        tensors = {name: named for learner in stage.learners for name, named in learner.tensors().items()}
+        checkpoints.save(step, tensors, {"seed": run.seed, "processes": run.accelerator.num_processes})
+    run.accelerator.wait_for_everyone()
+
+
+def restore(stage: Stage, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint into the stage's learners."""
+    for learner in stage.learners:
+        learner.load_tensors(checkpoint.tensors)
+
+
+def _update(
+    stage: Stage,
+    micro_batches: Iterator[Batch],
+    step: int,
+    config: TrainingConfig,
+    run: Run,
+    quarantine: Quarantine,
+    stopping: list[int],
+) -> tuple[dict[str, float], bool]:
+    """One optimiser update. Returns the mean of each value over the global batch, and whether to stop."""
+    totals: dict[str, Tensor] = {}
+    keys: list[str] = []
+    share = 1 / config.accumulation
+    for micro in range(config.accumulation):
+        batch = next(micro_batches)
+        quarantine.record(batch.bad)
+        keys.extend(batch.keys)
+        with _synchronised(stage, run, last=micro == config.accumulation - 1):
+            terms = stage.backward(batch.to(run.accelerator.device, non_blocking=True), step, share)
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0) + value * share
+    for learner in stage.learners:
+        totals[f"gradient_norm/{learner.name}"] = learner.clip_gradients()
+    totals["_stop"] = torch.tensor(float(bool(stopping)), device=run.accelerator.device)
+    values = _mean_over_processes(totals, run)
+    stop = values.pop("_stop") > 0
+    _check_finite(values, step, keys, run)
+    for learner in stage.learners:
+        learner.update(step)
+    return values, stop
+
+
+def _mean_over_processes(totals: dict[str, Tensor], run: Run) -> dict[str, float]:
+    """Means over the processes, read back in one go: the only host sync of a step, and the finite check needs it."""
+    stacked = torch.stack([value.detach().float().reshape(()) for value in totals.values()])
+    reduced = run.accelerator.reduce(stacked, reduction="mean").tolist()
+    return dict(zip(totals, reduced, strict=True))
+
+
+def _check_finite(values: dict[str, float], step: int, keys: list[str], run: Run) -> None:
+    # x - x is 0 for a finite number and nan for nan and infinity.
+    broken = [f"{name} = {value}" for name, value in values.items() if value - value != 0]
+    if broken:
+        raise UserError(
+            f"step {step}: {', '.join(broken)}; stopped before the update, the last checkpoint in "
+            f"{run.folder / 'checkpoints'} is good. Lower the learning rate or look at this batch: "
+            f"{', '.join(keys[:8])}" + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+        )
+
+
+def _validate(stage: Stage, step: int, run: Run, tracking: Tracking) -> None:
+    if run.accelerator.is_main_process:
+        result = stage.validate(step)
+        tracking.numbers(step, {f"validation/{name}": value for name, value in result.numbers.items()})
+        if result.picture is not None:
+            run.save_picture(result.picture, f"samples/step-{step + 1}.png")
+            tracking.picture(step, "samples", np.asarray(result.picture.convert("RGB")))
+    run.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _synchronised(stage: Stage, run: Run, *, last: bool) -> Iterator[None]:
+    """Sum gradients over the processes at the last micro-batch only."""
+    with ExitStack() as stack:
+        if not last:
+            for learner in stage.learners:
+                stack.enter_context(run.accelerator.no_sync(learner.wrapped))
+        yield
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """A list that is no longer empty once SIGTERM or the first Ctrl-C has come; a second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _progress(config: TrainingConfig, run: Run) -> tqdm:
+    return tqdm(
+        total=config.steps,
+        initial=run.start_step,
+        desc=run.folder.name,
+        unit="step",
+        disable=not run.accelerator.is_main_process,
+        mininterval=1.0,
+        dynamic_ncols=True,
+    )
+
+
+class _Meter:
+    """Images per second since it was last asked."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._time: float = time.perf_counter()
+        self._step: int | None = None
+
+    def images_per_second(self, step: int) -> float:
+        now = time.perf_counter()
+        steps = step - self._step if self._step is not None else 1
+        speed = steps * self._batch_size / max(now - self._time, 1e-9)
+        self._time, self._step = now, step
+        return speed

@@ -1,0 +1,97 @@
+"""A run: its folder, its processes, its numeric format, and where it starts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+
+from ldm.device import choose_dtype
+from ldm.errors import UserError
+from ldm.picture import save_png
+from ldm.training.checkpoint import Checkpoint, CheckpointFolder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """What a run uses of the machine; nothing here changes what is learned beyond rounding."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the forward pass; weights and optimiser are always fp32
+    channels_last: bool = True
+    trackers: tuple[Literal["tensorboard", "wandb", "aim", "mlflow"], ...] = ("tensorboard",)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training run lives and how it talks. Made by `open_run`."""
+
+    folder: Path
+    seed: int
+    accelerator: Accelerator
+    checkpoint: Checkpoint | None
+    """What to continue from; None at the first start."""
+
+    @property
+    def start_step(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+    def say(self, line: str) -> None:
+        """One line to the person watching, once whatever the number of processes. Stdout is for results."""
+        if self.accelerator.is_main_process:
+            print(line, file=sys.stderr, flush=True)
+
+    def save_picture(self, picture: Image, name: str) -> Path:
+        """Write a picture into the run folder; call it on one process."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(picture, path)
+        return path
+
+
+def open_run(folder: Path, seed: int, runtime: RuntimeConfig, keep_checkpoints: int) -> Run:
+    """Make the run folder, join the processes, and find the checkpoint to continue from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if _precision(runtime.precision) == torch.bfloat16 else "no",
+        log_with=list(runtime.trackers) or None,
+        project_dir=str(folder),
+        # Buffers (noise schedules, position ids) are the same everywhere; broadcasting them each step is waste.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    run = Run(folder, seed, accelerator, CheckpointFolder(folder / "checkpoints", keep_checkpoints).latest())
+    devices = f"{accelerator.num_processes} x {accelerator.device.type}"
+    format_name = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    start = f"going on from step {run.start_step}" if run.checkpoint else "a new run"
+    run.say(f"{folder}: {start}, on {devices}, {format_name}, {torch.get_num_threads()} threads")
+    return run
+
+
+def split_batch(batch_size: int, accumulation: int, accelerator: Accelerator) -> int:
+    """Images per process and micro-batch; raises `UserError` if the global batch cannot be shared out evenly."""
+    parts = accumulation * accelerator.num_processes
+    if batch_size % parts:
+        raise UserError(
+            f"training.batch_size: found {batch_size}; allowed is a multiple of {parts} = {accelerator.num_processes} "
+            f"processes x {accumulation} micro-batches, since it counts the images of the whole update"
+        )
+    return batch_size // parts
+
+
+def describe_parameters(name: str, module: nn.Module) -> str:
+    """`unet: 8.8 M parameters, 8.8 M trained`."""
+    total = sum(parameter.numel() for parameter in module.parameters())
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return f"{name}: {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained"
+
+
+def _precision(name: str) -> torch.dtype:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return choose_dtype(name, torch.device(device))

@@ -1,0 +1,77 @@
+"""From trained weights to an autoencoder that others can use: measured, normalised, reported, saved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from autoencoder.latents import LatentStatistics, encode, fold_normalisation
+from autoencoder.model import Autoencoder, latent_channels
+from ldm.data.fixed_batches import fixed_images
+from ldm.data.sample import Source
+from ldm.evaluation.reconstruction import ReconstructionReport, measure_reconstructions
+from ldm.training.checkpoint import write_atomically
+from ldm.training.run import Run
+from ldm.training.stage1 import AutoencoderStage, Stage1Config, evaluating
+
+
+def finish(
+    stage: AutoencoderStage,
+    config: Stage1Config,
+    run: Run,
+    training_source: Source,
+    validation_source: Source,
+) -> ReconstructionReport:
+    """Fold the latent statistics into the averaged weights, report, and write `RUN/autoencoder`. First process only.
+
+    A decoder-only run keeps its latents and their scale as they are, so nothing is folded.
+    """
+    autoencoder = stage.autoencoder
+    with stage.generator.averaged_weights(), evaluating(autoencoder):
+        backup = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+        try:
+            if config.train == "all":
+                normalise_latents(autoencoder, fixed_images(training_source, config.data, config.statistics_images))
+            data = config.validation_data or config.data
+            images = fixed_images(validation_source, data, config.report_images)
+            report, picture = measure_reconstructions(
+                autoencoder, tqdm(images, desc="report", unit="batch", leave=False), stage.lpips
+            )
+            save_autoencoder(autoencoder, run.folder / "autoencoder")
+        finally:
+            # The learner still holds the weights of before the fold: they must not be mixed with the folded ones.
+            autoencoder.load_state_dict(backup)
+    path = run.save_picture(picture, "report.png")
+    measured_on = "validation_data" if config.validation_data else "training images (no validation_data was named)"
+    write_atomically(
+        run.folder / "report.json", json.dumps({"measured_on": measured_on, **report.to_json()}, indent=2) + "\n"
+    )
+    run.say(f"{report.summary()}, measured on {measured_on}")
+    run.say(f"autoencoder: {run.folder / 'autoencoder'}   picture: {path}")
+    return report
+
+
+@torch.no_grad()
+def normalise_latents(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> LatentStatistics:
+    """Measure the latents of images and fold their mean and standard deviation into the weights (DESIGN.md 4)."""
+    device = next(autoencoder.parameters()).device
+    statistics = LatentStatistics(latent_channels(autoencoder))
+    for images in tqdm(batches, desc="latent statistics", unit="batch", leave=False):
+        statistics.update(encode(autoencoder, images.to(device)))
+    fold_normalisation(autoencoder, statistics.mean, statistics.std, statistics.covariance)
+    return statistics
+
+
+def save_autoencoder(autoencoder: Autoencoder, folder: Path) -> None:
+    """Write the folder that diffusers opens, as a whole: beside its place first, then renamed."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    autoencoder.save_pretrained(partial, safe_serialization=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

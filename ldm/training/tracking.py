@@ -1,0 +1,70 @@
+"""The run folder's loss log: `metrics.jsonl` (the record) and accelerate's trackers (the view)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from ldm.training.checkpoint import write_atomically
+
+
+class MetricsLog:
+    """One JSON object a line. On resume, rows from `start_step` on are cut off, so that a run that was killed leaves
+    the same rows as one that was not."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _before(line, start_step)]
+            write_atomically(path, "".join(f"{row}\n" for row in rows))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append the row of update number `step` (from 0)."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Tracking:
+    """Sends numbers and pictures where the user watches them. On processes other than the first it does nothing."""
+
+    def __init__(self, accelerator: Accelerator, run_folder: Path, start_step: int) -> None:
+        self._accelerator = accelerator
+        self._log = MetricsLog(run_folder / "metrics.jsonl", start_step) if accelerator.is_main_process else None
+        if accelerator.log_with:
+            accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": start_step}})
+
+    def numbers(self, step: int, values: Mapping[str, float], timings: Mapping[str, float] | None = None) -> None:
+        """Log `values`, which depend on nothing but config and data, and `timings`, which vary from run to run."""
+        if self._log is None:
+            return
+        self._log.write(step, {**values, **({"timing": dict(timings)} if timings else {})})
+        self._accelerator.log({**values, **(timings or {})}, step=step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Show `pixels`, uint8 [H, W, 3], under `name`."""
+        for tracker in self._accelerator.trackers if self._log is not None else ():
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+        self._accelerator.end_training()
+
+
+def _before(line: str, step: int) -> bool:
+    """Whether a row belongs to an update before `step`; a line that a kill cut short does not."""
+    try:
+        return json.loads(line)["step"] < step
+    except (ValueError, KeyError, TypeError):
+        return False

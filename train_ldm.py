@@ -1,0 +1,97 @@
+"""Stage 2: train the latent U-Net.    python train_ldm.py CONFIG key.sub=value ...    (or accelerate launch ...)"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ldm.cli.entry import run_command
+
+FREE_TO_CHANGE = ("training.workers", "training.accumulation", "training.log_every", "training.keep", "runtime")
+"""Config keys that may differ when a run goes on: they change no sample and, but for rounding, no gradient."""
+
+
+def main() -> int:
+    """Parse the command line and train; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="train_ldm.py", description=__doc__)
+    parser.add_argument("config", type=Path, help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace single values of the config")
+    arguments = parser.parse_args()
+    return run_command("train_ldm.py", lambda: train_diffusion(arguments.config, arguments.overrides))
+
+
+def train_diffusion(config_path: Path, overrides: list[str]) -> None:
+    """Build what the config names, train it, and write the finished pipeline."""
+    from autoencoder.model import downsampling_factor, latent_channels, load_autoencoder
+    from conditioning.text import build_text_encoder
+    from ldm.config import claim_run_folder, load
+    from ldm.data.latent_cache import Share, cached_latents
+    from ldm.data.loader import TrainingBatches
+    from ldm.data.quarantine import Quarantine
+    from ldm.data.sources import open_source
+    from ldm.errors import user_input
+    from ldm.randomness import seed_weights
+    from ldm.training.loop import restore, train
+    from ldm.training.run import describe_parameters, open_run, split_batch
+    from ldm.training.stage2 import DiffusionStage, Stage2Config
+    from ldm.unet import build_unet
+
+    config = load(Stage2Config, config_path, overrides)
+    source = open_source(config.data)
+    validation_source = open_source(config.validation_data) if config.validation_data else source
+    with user_input("autoencoder"):
+        autoencoder = load_autoencoder(config.autoencoder)
+    folder = Path(config.out)
+    run = open_run(folder, config.seed, config.runtime, config.training.keep_checkpoints)
+    split_batch(config.training.batch_size, config.training.accumulation, run.accelerator)
+    with run.accelerator.main_process_first():
+        claim_run_folder(config, folder, FREE_TO_CHANGE)
+
+    seed_weights(config.seed)
+    text_encoder = None
+    if config.conditions.text.encoder != "none":
+        with user_input("conditions.text"):
+            text_encoder = build_text_encoder(config.conditions.text)
+    unet = build_unet(
+        config.unet,
+        latent_channels=latent_channels(autoencoder),
+        context_width=text_encoder.width if text_encoder else None,
+        sample_size=config.data.resolution // downsampling_factor(autoencoder),
+    )
+    stage = DiffusionStage(config, run, autoencoder, text_encoder, unet, validation_source)
+    run.say(describe_parameters("U-Net", unet))
+    if text_encoder is not None:
+        run.say(describe_parameters("text encoder", text_encoder))
+    if run.checkpoint is not None:
+        restore(stage, run.checkpoint)
+    reader = None
+    if config.cache.enabled:
+        accelerator = run.accelerator
+        share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        cache_folder = Path(config.cache.folder) if config.cache.folder else folder / "latents"
+        reader = cached_latents(cache_folder, source, config.data, autoencoder, config.cache, share)
+    batches = TrainingBatches(
+        source,
+        config.data,
+        batch_size=config.training.batch_size,
+        accumulation=config.training.accumulation,
+        seed=config.seed,
+        start_step=run.start_step,
+        end_step=config.training.steps,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        workers=config.training.workers,
+        reader=reader,
+    )
+    quarantine = Quarantine(folder / "quarantine.jsonl", config.data.max_bad_share, len(source))
+    train(stage, batches, config.training, run, quarantine)
+    if run.accelerator.is_main_process:
+        with stage.learner.averaged_weights():
+            stage.pipeline().save_pretrained(folder / "pipeline")
+        run.say(f"model: {folder / 'pipeline'}   (ldm generate --model {folder / 'pipeline'} --prompt '...')")
+    run.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
