@@ -8,9 +8,6 @@ from pathlib import Path
 
 from ldm.cli.entry import run_command
 
-FREE_TO_CHANGE = ("training.workers", "training.accumulation", "training.log_every", "training.keep", "runtime")
-"""Config keys that may differ when a run goes on: they change no sample and, but for rounding, no gradient."""
-
 
 def main() -> int:
     """Parse the command line and train; returns the exit code."""
@@ -46,7 +43,7 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     run = open_run(folder, config.seed, config.runtime, config.training.keep_checkpoints)
     split_batch(config.training.batch_size, config.training.accumulation, run.accelerator)
     with run.accelerator.main_process_first():
-        claim_run_folder(config, folder, FREE_TO_CHANGE)
+        claim_run_folder(config, folder, config.free_to_change)
 
     seed_weights(config.seed)
     text_encoder = None

@@ -50,7 +50,9 @@ def make_scheduler(name: str, noise_config: NoiseConfig) -> SchedulerMixin:
 
     The betas are those of the training. Timesteps are spaced "trailing": the first step starts at the last, noisiest
     timestep, where the initial noise belongs; "leading", Stable Diffusion's old default, misses it (arXiv 2305.08891).
-    The last step goes to zero noise (but see `sample` for DDIM), and x_0 is never clipped.
+    The last step goes to zero noise (but see `sample` for DDIM), and x_0 is never clipped. Heun on the cosine schedule
+    is the exception and is spaced "leading": its trapezoid from that schedule's last sigma, 20,000, to the next, about
+    10, misses the ODE by 0.8 of the data's standard deviation (20 steps, Gaussian data, measured).
 
     Raises UserError for an unknown name and for a scheduler that cannot run the model: zero terminal SNR needs one that
     rescales its betas (not heun), flow one of FLOW_SCHEDULERS (not ddpm, not ddim).
@@ -61,8 +63,8 @@ def make_scheduler(name: str, noise_config: NoiseConfig) -> SchedulerMixin:
     scheduler_class = SCHEDULERS[name]
     arguments = beta_arguments(noise_config) | {
         "prediction_type": noise_config.prediction,
-        "timestep_spacing": "trailing",
-        "steps_offset": 1,  # read by "leading" only; diffusers' pipeline complains about any other value
+        "timestep_spacing": "leading" if name == "heun" and noise_config.schedule == "cosine" else "trailing",
+        "steps_offset": 1,  # of "leading"; diffusers' pipeline complains about any other value
         "clip_sample": False,
         "set_alpha_to_one": True,  # DDIM: the last step returns x_0 rather than x_0 at the first noise level
     }
@@ -168,7 +170,8 @@ def sample(
     `denoiser(latents, timesteps [B], conditions)` returns what the network predicts; guidance, if any, is in it.
     `generators` (one an image, on the CPU) draw the noise of stochastic schedulers, so that an image does not depend
     on its batch; a single generator draws for the whole batch, as in diffusers. The latents stay float32 whatever the
-    network computes in: Euler's and Heun's reach a standard deviation of 20,000 with the cosine schedule.
+    network computes in: Euler's have a standard deviation of 20,000 at the start of the cosine schedule, and even in
+    float32 that costs it digits: its images repeat to 1e-3 where the others' do to 1e-5.
 
     diffusers' DDIM leaves the noise of timestep 0 in the result (sigma 0.006 with the cosine schedule, 0.03 with Stable
     Diffusion's) when T / steps rounds upwards, as with 15 or 60 of 1000; 10, 20, 25, 30, 40, 50 and 100 are exact.

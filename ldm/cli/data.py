@@ -61,12 +61,12 @@ def run_check(args: argparse.Namespace) -> int:
         caption_column=args.caption_column,
         min_side=args.min_side,
         threads=args.workers,
-        on_unusable=lambda problem: tqdm.write(f"{problem.name}: {problem.reason}", file=sys.stdout),
+        on_unusable=lambda problem: tqdm.write(_printable(f"{problem.name}: {problem.reason}"), file=sys.stdout),
     )
     _print_warnings(report)
     print(report.summary())
     if args.json is not None:
-        args.json.write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
     return 1 if report.unusable else 0
 
 
@@ -90,4 +90,9 @@ def run_scenes(args: argparse.Namespace) -> int:
 def _print_warnings(report: CheckReport) -> None:
     for what, names in report.warnings.items():
         more = f" and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
-        print(f"warning: {what}: {', '.join(names[:_EXAMPLES])}{more}", file=sys.stderr)
+        print(_printable(f"warning: {what}: {', '.join(names[:_EXAMPLES])}{more}"), file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """File names may hold bytes that are no UTF-8; they are shown escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

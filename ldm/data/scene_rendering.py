@@ -282,4 +282,5 @@ def _listed(things: list[str]) -> str:
 
 
 def _with_article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeio" or noun.startswith("um") else f"a {noun}"
+    vowel = noun.startswith(("a", "e", "i", "o", "um")) and not noun.startswith("ewe")
+    return f"an {noun}" if vowel else f"a {noun}"

@@ -35,7 +35,7 @@ from ldm.data.scene_rendering import (
     render_semantic,
     require_emoji_font,
 )
-from ldm.errors import UserError
+from ldm.errors import UserError, user_input
 from ldm.randomness import derive_seed
 
 VERSION = 1  # part of the fingerprint: raise it when the same config would draw other pictures or captions
@@ -44,15 +44,12 @@ _T = TypeVar("_T")
 
 MARGIN = 0.04  # of the side: between an object and the border
 GAP = 0.06  # of the side: between two objects
-# Range of an object's side as a fraction of the image's, by the most objects that a scene of the config can hold.
-SIZE_RANGES: dict[int, dict[str, tuple[float, float]]] = {
-    1: {"small": (0.36, 0.42), "large": (0.56, 0.66)},
-    2: {"small": (0.22, 0.27), "large": (0.34, 0.40)},
-    3: {"small": (0.22, 0.27), "large": (0.34, 0.40)},
-}
-_SLANT = 0.6  # two objects in a relation: least ratio of their distance across to that along is 0, greatest is this
+# Least and greatest side of an object as a fraction of the image's, where every scene has one object, and elsewhere.
+ALONE: dict[str, tuple[float, float]] = {"small": (0.36, 0.42), "large": (0.56, 0.66)}
+AMONG_OTHERS: dict[str, tuple[float, float]] = {"small": (0.22, 0.27), "large": (0.34, 0.40)}
+SLANT = 0.6  # greatest ratio of two objects' distance across to that along, so that their relation is never in doubt
 _ATTEMPTS = 100_000
-_PROMPT_SEARCH = 50  # draws per prompt before there are taken to be no further combinations
+_PROMPT_SEARCH = 50  # scenes drawn per prompt before we take it that there are no further combinations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +137,8 @@ class ScenesConfig:
 
     def size_ranges(self) -> dict[str, tuple[float, float]]:
         """Size word -> least and greatest side of an object, as a fraction of the image's."""
-        return {size: SIZE_RANGES[self.max_objects][size] for size in SIZES if size in self.sizes}
+        ranges = ALONE if self.max_objects == 1 else AMONG_OTHERS
+        return {size: ranges[size] for size in SIZES if size in self.sizes}
 
 
 # --- Held-out combinations -------------------------------------------------------------------------------------------
@@ -281,7 +279,7 @@ def _two_corners(sides: list[float], relation: str, draw: Callable[[], float]) -
     along[first] = MARGIN + free * near
     along[second] = MARGIN + sides[first] + GAP + free * far
     centres = [start + side / 2 for start, side in zip(along, sides, strict=True)]
-    reach = _SLANT * abs(centres[0] - centres[1])
+    reach = SLANT * abs(centres[0] - centres[1])
     across = _between(MARGIN, 1 - MARGIN - sides[0], draw)
     middle = across + (sides[0] - sides[1]) / 2  # where the second square's corner is when the centres are level
     other = _between(max(MARGIN, middle - reach), min(1 - MARGIN - sides[1], middle + reach), draw)
@@ -347,10 +345,11 @@ class ScenesSource:
 
 def describe(scene: Scene) -> dict[str, object]:
     """The ground truth as plain values: columns of metadata.jsonl."""
+    colours = {} if scene.kind == "emoji" else {"colours": [thing.colour for thing in scene.objects]}
     return {
         "background": scene.background,
         "objects": [thing.name for thing in scene.objects],
-        "colours": [thing.colour for thing in scene.objects],
+        **colours,
         "sizes": [thing.size for thing in scene.objects],
         "boxes": [[round(value, 4) for value in thing.box] for thing in scene.objects],
         "relation": scene.relation,
@@ -364,11 +363,12 @@ def _fingerprint(config: ScenesConfig, resolution: int) -> str:
 
 
 def held_out_prompts(config: ScenesConfig, count: int, seed: int = 0) -> list[tuple[str, Scene]]:
-    """`count` prompts (phrasing 0) of held-out combinations and what each should show.
+    """`count` prompts (phrasing 0) of held-out combinations and what each should show; the config's split is not used.
 
-    All differ as far as there are so many; after that they repeat in turn, each as often as any other (to one).
+    All differ as far as there are so many; after that they repeat in turn. Raises `UserError` when nothing is held out.
     """
-    held = dataclasses.replace(config, split="held_out", seed=derive_seed(seed, "held-out prompts"))
+    with user_input("held-out prompts", ValueError):
+        held = dataclasses.replace(config, split="held_out", seed=derive_seed(seed, "held-out prompts"))
     found: dict[str, Scene] = {}
     for index in range(_PROMPT_SEARCH * count):
         scene = scene_at(held, index)

@@ -54,6 +54,20 @@ class TrainingConfig:
             )
 
 
+FREE_TO_CHANGE = (
+    "runtime",
+    "training.accumulation",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.log_every",
+    "training.steps",
+    "training.validate_every",
+    "training.workers",
+)
+"""Config keys that may differ when a run goes on: they change no sample and, but for rounding, no gradient. A new
+number of steps changes the rest of a falling learning rate, which is what one asks for by it."""
+
+
 @dataclass(frozen=True)
 class Validation:
     """Numbers and a picture, None where the stage has nothing to show."""

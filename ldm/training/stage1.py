@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed
@@ -36,7 +36,7 @@ from ldm.data.sources import DataConfig
 from ldm.evaluation.reconstruction import measure_reconstructions
 from ldm.randomness import normal_for_each, uniform_for_each
 from ldm.training.learner import Learner, OptimiserConfig
-from ldm.training.loop import TrainingConfig, Validation
+from ldm.training.loop import FREE_TO_CHANGE, TrainingConfig, Validation
 from ldm.training.run import Run, RuntimeConfig
 
 
@@ -60,6 +60,8 @@ class Stage1Config:
     discriminator_optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     ema_decay: float = 0.999  # of the autoencoder only; 0 = none
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    free_to_change: ClassVar[tuple[str, ...]] = (*FREE_TO_CHANGE, "validation_", "report_images", "statistics_images")
 
     def __post_init__(self) -> None:
         if self.train == "decoder" and self.autoencoder.pretrained is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,7 +25,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.randomness import normal_for_each, uniform_for_each
 from ldm.sampling import make_scheduler
 from ldm.training.learner import Learner, OptimiserConfig
-from ldm.training.loop import TrainingConfig, Validation
+from ldm.training.loop import FREE_TO_CHANGE, TrainingConfig, Validation
 from ldm.training.run import Run, RuntimeConfig
 from ldm.unet import UNetConfig, denoise
 
@@ -76,6 +77,8 @@ class Stage2Config:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     compile: bool = False  # torch.compile of the U-Net: minutes at the start, a faster step afterwards
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    free_to_change: ClassVar[tuple[str, ...]] = (*FREE_TO_CHANGE, "validation_", "preview", "cache.batch", "cache.workers")
 
     def __post_init__(self) -> None:
         if self.cache.enabled and self.data.crop == "random":

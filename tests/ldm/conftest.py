@@ -22,7 +22,6 @@ def build_pipeline(
     *,
     kind: Literal["kl", "vq"] = "kl",
     text: bool = True,
-    scale: float = 20.0,
 ) -> LatentDiffusionPipeline:
     """16 x 16 latents of 32 px images (downsampling 2), a one-layer text tower, a two-level U-Net.
 
@@ -44,7 +43,7 @@ def build_pipeline(
             sample_size=16,
         )
         with torch.no_grad():
-            unet.conv_out.weight *= scale
+            unet.conv_out.weight *= 20
             vae.decoder.conv_out.weight *= 5
     pipeline = LatentDiffusionPipeline(vae, encoder, unet, make_scheduler(scheduler, noise_config), name="tiny")
     return pipeline.to("cpu", torch.float32)

@@ -238,18 +238,18 @@ def test_map_of_another_size_or_class_is_a_bad_sample(tmp_path: Path) -> None:
     make_image(tmp_path / "a.png")
     Image.new("L", (6, 5)).save(tmp_path / "map.png")
     write_jsonl(tmp_path, {"file_name": "a.png", "semantic": "map.png"})
-    with pytest.raises(BadSample, match="a.png: map.png is 6x5, the image 6x4"):
+    with pytest.raises(BadSample, match=r"a.png: map.png is 6x5, the image 6x4"):
         FolderSource(tmp_path).read(0)
     Image.new("L", (6, 4), 2).save(tmp_path / "map.png")
     (tmp_path / "classes.txt").write_text("sky\nsea\n")
     source = FolderSource(tmp_path)
     assert source.semantic_classes == ("sky", "sea")
-    with pytest.raises(BadSample, match="has class 2; classes.txt names 0 to 1, and 255 is unknown"):
+    with pytest.raises(BadSample, match=r"has class 2; classes.txt names 0 to 1, and 255 is unknown"):
         source.read(0)
     Image.new("L", (6, 4), 255).save(tmp_path / "map.png")
     assert source.read(0).semantic is not None
     (tmp_path / "map.png").unlink()
-    with pytest.raises(BadSample, match="a.png: map.png: no such file"):
+    with pytest.raises(BadSample, match=r"a.png: map.png: no such file"):
         source.read(0)
 
 

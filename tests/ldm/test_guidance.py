@@ -74,5 +74,5 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
 
 @pytest.mark.parametrize("scale", [-0.1, float("nan"), float("inf")])
 def test_an_impossible_scale_is_refused(scale: float) -> None:
-    with pytest.raises(UserError, match="guidance_scale: found .* 1 turns guidance off"):
+    with pytest.raises(UserError, match=r"guidance_scale: found .* 1 turns guidance off"):
         ClassifierFreeGuidance(Recorder(), Conditions(), scale)

@@ -73,7 +73,7 @@ def run(name: str, config: NoiseConfig, denoiser: Denoiser, noise: Tensor, steps
 def test_a_perfect_denoiser_gives_x_0(name: str, config: NoiseConfig) -> None:
     x_0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     result = run(name, config, perfect_denoiser(config, x_0), initial_latents(generators(2), (4, 8, 8)), 25)
-    # The multistep schedulers cut flow's timesteps to whole numbers, so the network is told a slightly wrong noise level.
+    # The multistep schedulers cut flow's timesteps to whole numbers: the network is told a slightly wrong noise level.
     rounded = config.schedule == "flow" and name in ("dpm++", "unipc")
     torch.testing.assert_close(result, x_0, rtol=0, atol=5e-3 if rounded else 1e-4)
 
@@ -139,9 +139,15 @@ def test_name_and_noise_are_read_back_from_a_scheduler(name: str, config: NoiseC
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_sampling_starts_at_the_noisiest_timestep(name: str) -> None:
-    timesteps = set_timesteps(make_scheduler(name, NoiseConfig()), 10)
+    timesteps = set_timesteps(make_scheduler(name, NoiseConfig(schedule="scaled_linear")), 10)
     assert timesteps[0] == 999
     assert len(timesteps) == (19 if name == "heun" else 10)
+
+
+def test_heun_avoids_the_enormous_last_sigma_of_the_cosine_schedule() -> None:
+    scheduler = make_scheduler("heun", NoiseConfig())
+    set_timesteps(scheduler, 20)
+    assert scheduler.sigmas.max() < 100
 
 
 def test_flow_euler_divides_the_way_evenly() -> None:
