@@ -81,7 +81,12 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
         workers=config.training.workers,
         reader=reader,
     )
-    quarantine = Quarantine(folder / "quarantine.jsonl", config.data.max_bad_share, len(source))
+    quarantine = Quarantine(
+        folder / "quarantine.jsonl",
+        config.data.max_bad_share,
+        len(source),
+        writes=run.accelerator.is_main_process,
+    )
     train(stage, batches, config.training, run, quarantine)
     if run.accelerator.is_main_process:
         with stage.learner.averaged_weights():

@@ -61,7 +61,12 @@ def train_autoencoder(config_path: Path, overrides: list[str]) -> None:
         world_size=run.accelerator.num_processes,
         workers=config.training.workers,
     )
-    quarantine = Quarantine(folder / "quarantine.jsonl", config.data.max_bad_share, len(source))
+    quarantine = Quarantine(
+        folder / "quarantine.jsonl",
+        config.data.max_bad_share,
+        len(source),
+        writes=run.accelerator.is_main_process,
+    )
     train(stage, batches, config.training, run, quarantine)
     if run.accelerator.is_main_process:
         finish(stage, config, run, source, validation_source)

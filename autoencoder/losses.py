@@ -134,7 +134,7 @@ class ReconstructionLoss(nn.Module):
 
         Args:
             features: (of the images, of the reconstructions) from `PatchDiscriminator.features`, for perceptual
-                `features`; call it within `frozen(discriminator)`.
+                `features`; call it within `frozen(discriminator)`. None while there is no adversary yet: the term is 0.
 
         The learned log-scale follows VQGAN: rec / exp(s) + s, least at s = log(rec).
         """
@@ -161,10 +161,8 @@ class ReconstructionLoss(nn.Module):
     ) -> Tensor:
         if self._unregistered:
             return lpips_distance(self._unregistered[0], images, reconstructions).mean()
-        if self.config.perceptual == "none":
+        if self.config.perceptual == "none" or features is None:
             return reconstructions.new_zeros(())
-        if features is None:
-            raise TypeError("perceptual 'features' needs the discriminator's features of images and reconstructions")
         return feature_matching(*features)
 
 

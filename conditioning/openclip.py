@@ -51,7 +51,7 @@ def load_openclip(architecture: str, pretrained: str, layer: Literal["last", "pe
     return openclip_to_transformers(tower, layer)
 
 
-def openclip_to_transformers(tower: nn.Module, layer: Literal["last", "penultimate"] = "penultimate") -> CLIPTextModel:
+def openclip_to_transformers(tower: Any, layer: Literal["last", "penultimate"] = "penultimate") -> CLIPTextModel:
     """An open_clip text tower (TextTransformer, or a CLIP that holds one flat) as a CLIPTextModel in float32.
 
     Its last hidden state is the tower's, after the final norm. With `penultimate` the last block is left out, as in
@@ -114,7 +114,7 @@ def _renamed(name: str, layer: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.{kind}": weight for kind, weight in layer.named_parameters()}
 
 
-def _check_block(block: nn.Module) -> None:
+def _check_block(block: Any) -> None:
     plain = type(block).__name__ == "ResidualAttentionBlock"  # not the custom one, with its further norms and scales
     if not (plain and isinstance(block.ls_1, nn.Identity) and isinstance(block.ls_2, nn.Identity)):
         raise ValueError(

@@ -47,6 +47,15 @@ def load(config_class: type[Config], path: Path, overrides: Sequence[str] = ()) 
     return build(config_class, values)
 
 
+def load_section(config_class: type[Config], path: Path, section: str) -> Config:
+    """Build one section of a config file, whatever else the file holds."""
+    with user_input(f"config {path}"):
+        values = _parse(path.read_text(encoding="utf-8"), f"config {path}")
+    if not isinstance(values, dict) or not isinstance(values.get(section), dict):
+        raise UserError(f"config {path}: found no section {section!r}; add one")
+    return build(config_class, values[section], section)
+
+
 def build(config_class: type[Config], values: Mapping[str, Any], where: str = "") -> Config:
     """Build a config dataclass from plain values; `where` is the dotted path of its section."""
     hints = typing.get_type_hints(config_class)
@@ -105,12 +114,14 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: allowed is key.sub=value, e.g. training.steps=1000")
     *sections, last = key.split(".")
     for section in sections:
-        inner = values.setdefault(section, {})
+        inner = values.get(section, {})
         if not isinstance(inner, dict):
             raise UserError(
                 f"override {override!r}: {section!r} holds {_shown(inner)}, so nothing can be set inside it"
             )
-        values = inner
+        # A copy: YAML anchors make two sections the same object, and only the named one is to change.
+        values[section] = dict(inner)
+        values = values[section]
     values[last] = _parse(text, f"override {override!r}")
 
 

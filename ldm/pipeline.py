@@ -46,7 +46,7 @@ class LatentDiffusionOutput:
         seeds: by which each image is drawn again alone; None if the caller gave generators.
     """
 
-    images: list[Image.Image] | np.ndarray | Tensor
+    images: Any
     seeds: tuple[int, ...] | None
 
 

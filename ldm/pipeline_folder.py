@@ -62,7 +62,7 @@ def find_folder(path: str | Path) -> Path:
 
 
 def read_components(folder: Path) -> Components:
-    """Open every part of the pipeline in `folder`, in the type it was saved in, from safetensors only, with no network.
+    """Open every part of the pipeline in `folder`, from safetensors only and with no network.
 
     Raises UserError for another kind of pipeline, a missing or broken file, and a U-Net that wants further inputs.
     """

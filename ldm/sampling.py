@@ -171,7 +171,7 @@ def sample(
     `generators` (one an image, on the CPU) draw the noise of stochastic schedulers, so that an image does not depend
     on its batch; a single generator draws for the whole batch, as in diffusers. The latents stay float32 whatever the
     network computes in: Euler's have a standard deviation of 20,000 at the start of the cosine schedule, and even in
-    float32 that costs it digits: its images repeat to 1e-3 where the others' do to 1e-5.
+    float32 that costs it digits: its images repeat to 1e-4 on another machine, where the others' repeat to 1e-5.
 
     diffusers' DDIM leaves the noise of timestep 0 in the result (sigma 0.006 with the cosine schedule, 0.03 with Stable
     Diffusion's) when T / steps rounds upwards, as with 15 or 60 of 1000; 10, 20, 25, 30, 40, 50 and 100 are exact.

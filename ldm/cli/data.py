@@ -72,9 +72,6 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_scenes(args: argparse.Namespace) -> int:
     """`ldm data scenes`: a folder that the source `folder` reads."""
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"{args.out}: it exists and is not an empty folder; nothing was written; name another")
-
     from ldm.data.scenes import ScenesConfig
     from ldm.data.scenes_folder import write_scenes
 

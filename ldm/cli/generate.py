@@ -60,6 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name}: found {getattr(arguments, name)}; allowed is 1 or more")
     _check_out(arguments.out)
 
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
     from ldm.guidance import check_guidance_scale
     from ldm.pipeline import LatentDiffusionPipeline
     from ldm.pipeline_inputs import seeds_from
@@ -68,11 +71,15 @@ def run(arguments: argparse.Namespace) -> None:
     check_guidance_scale(arguments.guidance)
     if arguments.scheduler is not None:
         check_scheduler_name(arguments.scheduler)
+    disable_progress_bar()  # of loading weights: the bar that people wait for is ours
     prompts = [prompt for prompt in prompts for _ in range(arguments.count)]
     seeds = seeds_from(arguments.seed, len(prompts))
     pipeline = LatentDiffusionPipeline.from_pretrained(arguments.model, dtype=arguments.dtype, device=arguments.device)
     arguments.height, arguments.width = pipeline.resolve_size(height, width)
-    images = draw(pipeline, prompts, seeds, arguments)
+    try:
+        images = draw(pipeline, prompts, seeds, arguments)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory with --batch {arguments.batch}; give a smaller --batch or --size") from error
     write_grid(images[:GRID_LIMIT], prompts[:GRID_LIMIT], arguments)
     if len(images) > GRID_LIMIT:
         print(f"grid.png holds the first {GRID_LIMIT} of {len(images)} pictures", file=sys.stderr)

@@ -57,6 +57,8 @@ class TrainingBatches:
 
     A sample that cannot be used is replaced by one chosen from (seed, epoch, index) and reported in `Batch.bad`.
     With a `reader`, moments are read instead of images. Raises `UserError` for sizes that do not fit.
+
+    One iteration runs through all steps, so its workers live as long as the run; they end with it.
     """
 
     def __init__(
@@ -93,7 +95,6 @@ class TrainingBatches:
             num_workers=workers,
             collate_fn=_as_it_is,
             prefetch_factor=prefetch if workers else None,
-            persistent_workers=workers > 0,
             worker_init_fn=_prepare_worker,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(0),  # else the loader draws from the global one
@@ -106,7 +107,7 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             if isinstance(batch, UserError):  # the loader would bury it in a worker's traceback
-                raise batch
+                raise UserError(str(batch))  # a new one: `batch` would hold this frame, and with it the workers
             yield batch
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import posixpath
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -48,10 +49,14 @@ class Contents:
     columns: set[str] = field(default_factory=set)
 
     def add(self, row: Row) -> None:
-        for part in ("captions", "semantic", "mask", "label"):
-            if getattr(row, part) is not None:
-                self.parts.add(part)
+        if row.captions is not None:
+            self.parts.add("captions")
+        if row.semantic is not None:
+            self.parts.add("semantic")
+        if row.mask is not None:
+            self.parts.add("mask")
         if row.label is not None:
+            self.parts.add("label")
             self.labels.add(row.label)
 
 
@@ -64,13 +69,14 @@ class MetadataEntries:
         self.contents = Contents()
         self._header: tuple[str, ...] = ()
         self._offsets = array("Q")
+        self._state = _state(path.stat())
         hashes = array("q")
+        from_csv = path.suffix == ".csv"
         for offset, number, values in self._scan(on_problem):
-            where = f"{path.name} line {number}"
             try:
-                row = parse_row(values, caption_column, from_csv=path.suffix == ".csv")
+                row = parse_row(values, caption_column, from_csv=from_csv)
             except ValueError as error:
-                on_problem(where, str(error))
+                on_problem(f"{path.name} line {number}", str(error))
                 continue
             self.contents.add(row)
             self.contents.columns.update(values)
@@ -83,6 +89,8 @@ class MetadataEntries:
 
     def row(self, index: int) -> Row:
         with self.path.open("rb") as file:
+            if _state(os.fstat(file.fileno())) != self._state:  # offsets would point into the middle of other rows
+                raise UserError(f"{self.path}: it changed while in use; start again")
             file.seek(self._offsets[index])
             values: dict[str, object]
             if self._header:
@@ -207,6 +215,10 @@ def _scan_jsonl(file: Iterable[bytes], on_problem: OnProblem) -> Iterator[tuple[
             yield start, number, values
         else:
             on_problem(f"metadata.jsonl line {number}", 'it must be an object such as {"file_name": ..., "text": ...}')
+
+
+def _state(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def _after_byte_order_mark(start: bytes) -> int:

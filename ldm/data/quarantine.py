@@ -12,11 +12,12 @@ from ldm.errors import UserError, user_input
 class Quarantine:
     """The file `path` with one JSON object {"key", "reason"} a line; lines of an interrupted run are taken over.
 
-    With several processes one of them records what all have found.
+    With several processes all record what all have found, and one of them writes.
     """
 
-    def __init__(self, path: Path, allowed_share: float, dataset_length: int) -> None:
+    def __init__(self, path: Path, allowed_share: float, dataset_length: int, *, writes: bool = True) -> None:
         self.path = path
+        self._writes = writes
         self.allowed_share = allowed_share
         self.dataset_length = dataset_length
         self.keys: set[str] = set()
@@ -25,7 +26,7 @@ class Quarantine:
                 lines = path.read_text(encoding="utf-8").split("\n")
                 # A run killed while it wrote leaves a last line without an end: that one is found again.
                 self.keys = {json.loads(line)["key"] for line in lines[:-1] if line}
-                if lines[-1]:
+                if lines[-1] and writes:
                     path.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
 
     def __len__(self) -> int:
@@ -36,8 +37,9 @@ class Quarantine:
         new = {key: reason for key, reason in bad if key not in self.keys}
         if not new:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in new.items())
+        if self._writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in new.items())
         self.keys.update(new)
         if len(self.keys) > self.allowed_share * self.dataset_length:
             key, reason = next(iter(new.items()))

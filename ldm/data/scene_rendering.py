@@ -79,7 +79,7 @@ _EMOJI_TABLE = """
 2602 umbrella, 23F0 alarm clock, 1F4D6 open book, 270F pencil, 1F528 hammer, 1F381 wrapped gift, 1F3C6 trophy,
 1F451 crown, 1F48E gem stone, 1F514 bell, 1F4F7 camera, 1F4F1 mobile phone, 1FA91 chair, 1F3A9 top hat, 1F455 t-shirt,
 1F457 dress, 1F3E0 house, 26FA tent, 1F3F0 castle, 1F916 robot, 2603 snowman, 1F47B ghost, 1F383 jack-o-lantern,
-2600 sun, 2B50 star, 1F319 crescent moon, 1F308 rainbow, 26A1 high voltage, 2601 cloud, 2744 snowflake, 1F525 fire,
+2600 sun, 2B50 star, 1F319 crescent moon, 1F308 rainbow, 2601 cloud, 2744 snowflake, 1F525 fire,
 2764 red heart
 """
 EMOJI: dict[str, str] = {
@@ -282,5 +282,5 @@ def _listed(things: list[str]) -> str:
 
 
 def _with_article(noun: str) -> str:
-    vowel = noun.startswith(("a", "e", "i", "o", "um")) and not noun.startswith("ewe")
+    vowel = noun.startswith(("a", "e", "i", "o", "um", "hour")) and not noun.startswith("ewe")
     return f"an {noun}" if vowel else f"a {noun}"

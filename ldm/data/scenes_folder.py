@@ -22,9 +22,9 @@ def write_scenes(config: ScenesConfig, resolution: int, out: Path, count: int, *
     """Write the first `count` scenes of the config (its own `count` is not used) into the new or empty folder `out`.
 
     Layout: `images/000000.png`, `semantic/000000.png` (palette PNG, pixel = class index), `metadata.jsonl`
-    (`file_name`, `text` as a list of phrasings, `semantic`, `label` if every scene has one object, the ground truth) and
-    `classes.txt` (line i, from 0, names class i of the semantic maps). The folder appears under its name only when it is
-    complete.
+    (`file_name`, `text` as a list of phrasings, `semantic`, `label` if every scene has one object, the ground truth)
+    and `classes.txt` (line i, from 0, names class i of the semantic maps). The folder appears under its name only when
+    it is complete.
 
     Raises:
         UserError: `out` holds something or is no folder; the resolution is below 16; the emoji font is missing.

@@ -285,22 +285,17 @@ def _components(mask: Array) -> list[Array]:
     """The 8-connected parts of a mask [H, W], each a mask."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # every pixel takes its neighbours' greatest label until nothing changes
-        spread = np.where(mask, _neighbourhood(labels).max(axis=0), 0)
+        spread = np.where(mask, _grown(labels), 0)
         if np.array_equal(spread, labels):
             return [labels == label for label in np.unique(labels) if label]
         labels = spread
 
 
-def _grown(mask: Array) -> Array:
-    """The mask [H, W] and all pixels that touch it."""
-    return _neighbourhood(mask).max(axis=0)
-
-
-def _neighbourhood(values: Array) -> Array:
-    """[9, H, W]: every pixel's own value and its eight neighbours', 0 outside."""
-    height, width = values.shape
+def _grown(values: Array) -> Array:
+    """The greatest of every value [H, W] and its eight neighbours; a mask with all pixels that touch it."""
     padded = np.pad(values, 1)
-    return np.stack([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)])
+    rows = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])
+    return np.maximum(np.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
 
 
 def _outside(found: Found, resolution: int) -> Array:

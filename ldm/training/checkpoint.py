@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -84,6 +86,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
         return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
+
+
+def checksum(files: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """16 hex digits over names and bytes of all tensors: equal on processes that hold the same weights."""
+    digest = hashlib.sha256()
+    for file, tensors in sorted(files.items()):
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{file}/{name}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def sync(path: Path) -> None:

@@ -156,13 +156,22 @@ class Learner:
         }
 
     def _load_optimiser(self, saved: Mapping[str, Tensor]) -> None:
+        parameters = dict(zip(self._names, self._parameters, strict=True))
         by_name: dict[str, dict[str, Tensor]] = {}
         for name, value in saved.items():
             parameter_name, key = name.rsplit("/", 1)
-            by_name.setdefault(parameter_name, {})[key] = value
+            by_name.setdefault(parameter_name, {})[key] = _laid_out_like(parameters[parameter_name], value)
         state = {i: by_name[name] for i, name in enumerate(self._names) if name in by_name}
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` with the strides of `parameter`: fused AdamW walks over both in memory order, so channels-last weights
+    with contiguous moments would pair the wrong elements."""
+    if value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _trained(module: nn.Module) -> tuple[list[str], list[nn.Parameter]]:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.quarantine import Quarantine
 from ldm.data.sample import Batch
 from ldm.errors import UserError
-from ldm.training.checkpoint import Checkpoint, CheckpointFolder
+from ldm.training.checkpoint import Checkpoint, CheckpointFolder, checksum
 from ldm.training.learner import Learner
 from ldm.training.run import Run
 from ldm.training.tracking import Tracking
@@ -55,6 +56,7 @@ class TrainingConfig:
 
 
 FREE_TO_CHANGE = (
+    "out",
     "runtime",
     "training.accumulation",
     "training.checkpoint_every",
@@ -96,11 +98,11 @@ def train(stage: Stage, batches: Iterable[Batch], config: TrainingConfig, run: R
     75 after SIGTERM or Ctrl-C, once the checkpoint is written.
     """
     checkpoints = CheckpointFolder(run.folder / "checkpoints", config.keep_checkpoints)
-    tracking = Tracking(run.accelerator, run.folder, run.start_step)
     micro_batches = iter(batches)
     with ExitStack() as stack:
-        stack.callback(tracking.close)
         stopping = stack.enter_context(_stop_on_signal())
+        tracking = Tracking(run.accelerator, run.folder, run.start_step)
+        stack.callback(tracking.close)
         progress = stack.enter_context(_progress(config, run))
         meter = _Meter(config.batch_size)
         for step in range(run.start_step, config.steps):
@@ -122,10 +124,16 @@ def train(stage: Stage, batches: Iterable[Batch], config: TrainingConfig, run: R
 
 
 def save(stage: Stage, checkpoints: CheckpointFolder, step: int, run: Run) -> None:
-    """Write a checkpoint from the first process while the others wait."""
+    """Write a checkpoint from the first process while the others wait.
+
+    Raises `RuntimeError`, and writes nothing, if the processes no longer hold the same weights.
+    """
+    tensors = {name: named for learner in stage.learners for name, named in learner.tensors().items()}
+    checksums = gather_object([checksum(tensors)]) if run.accelerator.num_processes > 1 else [checksum(tensors)]
+    if len(set(checksums)) > 1:
+        raise RuntimeError(f"the processes have diverged at step {step}: checksums {checksums}; nothing was saved")
     if run.accelerator.is_main_process:
-        tensors = {name: named for learner in stage.learners for name, named in learner.tensors().items()}
-        checkpoints.save(step, tensors, {"seed": run.seed, "processes": run.accelerator.num_processes})
+        checkpoints.save(step, tensors, {"seed": run.seed, "checksums": checksums})
     run.accelerator.wait_for_everyone()
 
 
@@ -147,10 +155,11 @@ def _update(
     """One optimiser update. Returns the mean of each value over the global batch, and whether to stop."""
     totals: dict[str, Tensor] = {}
     keys: list[str] = []
+    bad: list[tuple[str, str]] = []
     share = 1 / config.accumulation
     for micro in range(config.accumulation):
         batch = next(micro_batches)
-        quarantine.record(batch.bad)
+        bad.extend(batch.bad)
         keys.extend(batch.keys)
         with _synchronised(stage, run, last=micro == config.accumulation - 1):
             terms = stage.backward(batch.to(run.accelerator.device, non_blocking=True), step, share)
@@ -159,8 +168,12 @@ def _update(
     for learner in stage.learners:
         totals[f"gradient_norm/{learner.name}"] = learner.clip_gradients()
     totals["_stop"] = torch.tensor(float(bool(stopping)), device=run.accelerator.device)
+    totals["_bad"] = torch.tensor(float(len(bad)), device=run.accelerator.device)
     values = _mean_over_processes(totals, run)
-    stop = values.pop("_stop") > 0
+    stop, any_bad = values.pop("_stop") > 0, values.pop("_bad") > 0
+    if any_bad:
+        # Every process counts what all have found, so that all of them stop together.
+        quarantine.record(gather_object(bad) if run.accelerator.num_processes > 1 else bad)
     _check_finite(values, step, keys, run)
     for learner in stage.learners:
         learner.update(step)

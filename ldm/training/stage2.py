@@ -78,7 +78,13 @@ class Stage2Config:
     compile: bool = False  # torch.compile of the U-Net: minutes at the start, a faster step afterwards
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
-    free_to_change: ClassVar[tuple[str, ...]] = (*FREE_TO_CHANGE, "validation_", "preview", "cache.batch", "cache.workers")
+    free_to_change: ClassVar[tuple[str, ...]] = (
+        *FREE_TO_CHANGE,
+        "validation_",
+        "preview",
+        "cache.batch",
+        "cache.workers",
+    )
 
     def __post_init__(self) -> None:
         if self.cache.enabled and self.data.crop == "random":

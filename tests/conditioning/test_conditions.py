@@ -85,9 +85,9 @@ def test_choosing_lets_gradients_flow_to_what_was_chosen_only() -> None:
 
 def test_parts_must_agree() -> None:
     both, one = numbered(2), numbered(2, parts=("context",))
-    with pytest.raises(ValueError, match="^spatial: found in some"):
+    with pytest.raises(ValueError, match=r"^spatial: found in some"):
         Conditions.cat([both, one])
-    with pytest.raises(ValueError, match="^spatial: found in one of the two"):
+    with pytest.raises(ValueError, match=r"^spatial: found in one of the two"):
         both.where(torch.tensor([True, True]), one)
     with pytest.raises(ValueError, match=r"batch sizes \[2, 3\]"):
         Conditions(context=torch.zeros(2, 5, 3), class_embedding=torch.zeros(3, 6))

@@ -286,6 +286,15 @@ def test_pickled_source_reads_the_same(tmp_path: Path) -> None:
     assert copy.read(1).captions == ("y",)
 
 
+def test_metadata_that_changes_in_use_is_noticed(tmp_path: Path) -> None:
+    make_image(tmp_path / "a.png")
+    write_jsonl(tmp_path, {"file_name": "a.png", "text": "x"})
+    source = FolderSource(tmp_path)
+    write_jsonl(tmp_path, {"file_name": "a.png", "text": "longer"})
+    with pytest.raises(UserError, match="it changed while in use"):
+        source.read(0)
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         FolderSource(tmp_path / "none")

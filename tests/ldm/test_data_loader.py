@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ def test_one_batch_is_what_it_should_be() -> None:
         assert batch.masks is None and batch.moments is None and batch.bad == ()
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers: int) -> None:
     for one, other in zip(batches(SOURCE), batches(SOURCE, workers=workers), strict=True):
         assert_same(one, other)
@@ -277,7 +277,7 @@ def test_workers_leak_no_file_handles_and_obey_only_their_parent(tmp_path: Any) 
         Image.new("RGB", (9, 9)).save(tmp_path / f"{index}.png")
     (tmp_path / "metadata.jsonl").write_text("".join(f'{{"file_name": "{i}.png"}}\n' for i in range(16)))
     loader = TrainingBatches(
-        FolderSource(tmp_path), CONFIG, batch_size=8, seed=0, start_step=0, end_step=60, workers=1, prefetch=1
+        FolderSource(tmp_path), CONFIG, batch_size=8, seed=0, start_step=0, end_step=51, workers=1, prefetch=1
     )
     iterator = iter(loader)
     next(iterator)
@@ -287,7 +287,7 @@ def test_workers_leak_no_file_handles_and_obey_only_their_parent(tmp_path: Any) 
         next(iterator)
     assert worker.is_alive()
     assert worker.pid is not None
-    names = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{worker.pid}/fd") if os.path.lexists(entry.path)]
+    names = [str(link.readlink()) for link in Path(f"/proc/{worker.pid}/fd").iterdir() if link.is_symlink()]
     assert [name for name in names if str(tmp_path) in name] == []
     iterator.close()
     del iterator

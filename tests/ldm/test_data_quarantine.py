@@ -39,7 +39,7 @@ def test_more_than_the_share_stops_the_run_and_is_written_down(tmp_path: Path) -
 
 
 def test_nothing_allowed_means_the_first_one_stops(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^1 of 10 "):
+    with pytest.raises(UserError, match=r"^1 of 10 "):
         Quarantine(tmp_path / "q.jsonl", 0.0, 10).record([("a", "x")])
 
 

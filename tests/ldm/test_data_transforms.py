@@ -151,6 +151,6 @@ def test_config_checks_itself(options: dict, field: str) -> None:
 def test_flip_is_refused_where_captions_say_left() -> None:
     from ldm.data.scenes import ScenesConfig
 
-    with pytest.raises(ValueError, match="^flip: found true"):
+    with pytest.raises(ValueError, match=r"^flip: found true"):
         DataConfig(source="scenes", flip=True, scenes=ScenesConfig(max_objects=2, relations=True))
     assert DataConfig(source="scenes", flip=True, scenes=ScenesConfig(max_objects=1)).flip

@@ -251,5 +251,5 @@ def test_what_cannot_work_is_refused_by_the_fields_name(values: dict[str, Any], 
 
 
 def test_flow_has_no_betas() -> None:
-    with pytest.raises(ValueError, match="^schedule: found flow"):
+    with pytest.raises(ValueError, match=r"^schedule: found flow"):
         beta_arguments(NoiseConfig(schedule="flow", prediction="flow"))

@@ -26,7 +26,7 @@ FLOW = NoiseConfig(schedule="flow", prediction="flow")
 SHIFTED = replace(FLOW, flow_shift=3.0)
 ZERO_SNR = NoiseConfig(schedule="scaled_linear", zero_terminal_snr=True)
 DIFFUSION = [
-    NoiseConfig(schedule=schedule, prediction=prediction)
+    NoiseConfig(schedule=schedule, prediction=prediction)  # type: ignore[arg-type]
     for schedule, prediction in product(["linear", "scaled_linear", "cosine"], ["epsilon", "v_prediction", "sample"])
 ]
 CASES = [
