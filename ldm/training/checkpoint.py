@@ -94,7 +94,7 @@ def checksum(files: Mapping[str, Mapping[str, Tensor]]) -> str:
     for file, tensors in sorted(files.items()):
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{file}/{name}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -26,6 +26,14 @@ SCENES = {
         "sizes": ["large"],
     },
 }
+TRAINING = {
+    "steps": 8,
+    "batch_size": 4,
+    "workers": 0,
+    "checkpoint_every": 3,
+    "validate_every": 100,
+    "log_every": 1,
+}
 VAE = {
     "data": SCENES,
     "autoencoder": {
@@ -42,7 +50,7 @@ VAE = {
     "validation_images": 4,
     "report_images": 8,
     "statistics_images": 16,
-    "training": {"steps": 8, "batch_size": 4, "workers": 0, "checkpoint_every": 3, "validate_every": 100, "log_every": 1},
+    "training": TRAINING,
 }
 LDM = {
     "data": SCENES,
@@ -51,7 +59,7 @@ LDM = {
     "optimiser": {"lr": 1.0e-3, "schedule": "cosine", "warmup_steps": 2},
     "ema_decay": 0.9,
     "preview": {"count": 2, "num_inference_steps": 2, "loss_images": 4},
-    "training": {"steps": 8, "batch_size": 4, "workers": 0, "checkpoint_every": 3, "validate_every": 100, "log_every": 1},
+    "training": TRAINING,
 }
 
 
@@ -120,4 +128,5 @@ def losses(run: Path) -> list[dict]:
 def checkpoint_tensors(run: Path, step: int) -> dict:
     """Every tensor of a checkpoint: weights, averages, optimiser states."""
     folder = run / "checkpoints" / f"step-{step}"
-    return {(file.stem, name): t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    files = sorted(folder.glob("*.safetensors"))
+    return {(file.stem, name): tensor for file in files for name, tensor in load_file(file).items()}
