@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from ldm.cli.entry import run_command
+from ldm.cli.entry import Parser, run_command
 
 
 def main() -> int:
     """Parse the command line and train; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="train_vae.py", description=__doc__)
+    parser = Parser(prog="train_vae.py", description=__doc__)
     parser.add_argument("config", type=Path, help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace single values of the config")
     arguments = parser.parse_args()
@@ -38,8 +37,6 @@ def train_autoencoder(config_path: Path, overrides: list[str]) -> None:
     folder = Path(config.out)
     run = open_run(folder, config.seed, config.runtime, config.training.keep_checkpoints)
     split_batch(config.training.batch_size, config.training.accumulation, run.accelerator)
-    with run.accelerator.main_process_first():
-        claim_run_folder(config, folder, config.free_to_change)
 
     seed_weights(config.seed)
     with user_input("autoencoder"):
@@ -47,6 +44,9 @@ def train_autoencoder(config_path: Path, overrides: list[str]) -> None:
     stage = AutoencoderStage(config, run, autoencoder, validation_source)
     for learner in stage.learners:
         run.say(describe_parameters(learner.name, learner.module))
+    # Only now, as all that the config names has been found: a run that never began binds nobody to its config.
+    with run.accelerator.main_process_first():
+        claim_run_folder(config, folder, config.free_to_change)
     if run.checkpoint is not None:
         restore(stage, run.checkpoint)
     batches = TrainingBatches(

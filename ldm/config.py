@@ -231,5 +231,9 @@ def claim_run_folder(config: Any, folder: Path, free: Sequence[str]) -> None:
                 )
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(".config.yaml.partial")
-    partial.write_text(dump(config), encoding="utf-8")
-    partial.replace(path)
+    try:
+        with user_input(f"{path}: cannot be written", OSError):
+            partial.write_text(dump(config), encoding="utf-8")
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -155,7 +155,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     former = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
-        with user_input(f"{folder}: cannot be written", OSError):
+        # A full disk is an OSError to Python and a SafetensorError to safetensors.
+        with user_input(f"{folder}: cannot be written", OSError, SafetensorError):
             partial.mkdir(parents=True)
             yield partial
             _sync(partial)

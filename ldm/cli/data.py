@@ -66,7 +66,8 @@ def run_check(args: argparse.Namespace) -> int:
     _print_warnings(report)
     print(report.summary())
     if args.json is not None:
-        args.json.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+        with user_input(f"--json {args.json}: cannot be written", OSError):
+            args.json.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
     return 1 if report.unusable else 0
 
 
@@ -75,7 +76,7 @@ def run_scenes(args: argparse.Namespace) -> int:
     from ldm.data.scenes import ScenesConfig
     from ldm.data.scenes_folder import write_scenes
 
-    with user_input("ldm data scenes", ValueError):
+    with user_input("ldm data scenes", ValueError), user_input(f"{args.out}: cannot be written", OSError):
         config = ScenesConfig(
             kind=args.kind, count=args.count, seed=args.seed, split=args.split, max_objects=args.max_objects
         )

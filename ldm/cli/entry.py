@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 from ldm.errors import UserError
 
@@ -32,6 +35,22 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line, like all else; `--help` shows the options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: {message}; {self.prog} --help tells its options\n")
+
+
+def check_out_folder(out: Path) -> None:
+    """Raise `UserError` now, and not after minutes of work, if `--out` can be no folder to write into."""
+    existing = next(path for path in [out, *out.absolute().parents] if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--out {out}: found the file {existing}; allowed is a folder; choose another name")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--out {out}: {existing} cannot be written to; choose another folder")
 
 
 def _one_line(error: UserError | OSError) -> str:

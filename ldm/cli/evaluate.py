@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.entry import check_out_folder
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,12 +45,18 @@ def run(args: argparse.Namespace) -> None:
     from ldm.data.scenes import held_out_prompts
     from ldm.data.sources import DataConfig
     from ldm.evaluation.scenes import confusion_matrix, rates, score_each
+    from ldm.guidance import check_guidance_scale
     from ldm.picture import save_png
     from ldm.pipeline import LatentDiffusionPipeline
+    from ldm.sampling import check_scheduler_name
     from ldm.training.checkpoint import write_atomically
 
-    if args.count < 1:
-        raise UserError(f"--count: found {args.count}; allowed is 1 or more")
+    for name in ("count", "steps", "batch"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}: found {getattr(args, name)}; allowed is 1 or more")
+    check_guidance_scale(args.guidance)
+    check_scheduler_name(args.scheduler)
+    check_out_folder(args.out)
     pipeline_folder = args.model / "pipeline" if (args.model / "pipeline").is_dir() else args.model
     config_path = args.data or args.model / "config.yaml"
     if not config_path.is_file():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.entry import check_out_folder
 from ldm.errors import UserError, user_input
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("steps", "count", "batch"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name}: found {getattr(arguments, name)}; allowed is 1 or more")
-    _check_out(arguments.out)
+    check_out_folder(arguments.out)
 
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -150,15 +150,6 @@ def next_number(out: Path) -> int:
     names = [path.name for path in out.glob("*.png")] if out.is_dir() else []
     numbers = [int(match[1]) for name in names if (match := re.fullmatch(r"(\d{5,})-\d+\.png", name))]
     return max(numbers, default=-1) + 1
-
-
-def _check_out(out: Path) -> None:
-    """Raise UserError now, and not after minutes of drawing, if `out` can be no folder to write into."""
-    existing = next(path for path in [out, *out.absolute().parents] if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"--out {out}: found the file {existing}; allowed is a folder; choose another name")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--out {out}: {existing} cannot be written to; choose another folder")
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:

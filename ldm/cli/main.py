@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from ldm import __version__
-from ldm.cli.entry import EXIT_USER_ERROR, run_command
+from ldm.cli.entry import EXIT_USER_ERROR, Parser, run_command
 
 COMMANDS = {
     "generate": "draw pictures from prompts",
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ldm: unknown command {name!r}{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_USER_ERROR
     module = importlib.import_module(f"ldm.cli.{name}")
-    parser = argparse.ArgumentParser(prog=f"ldm {name}", description=module.__doc__)
+    parser = Parser(prog=f"ldm {name}", description=module.__doc__)
     module.add_arguments(parser)
     parsed = parser.parse_args(rest)
     return run_command(f"ldm {name}", lambda: module.run(parsed))

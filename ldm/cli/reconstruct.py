@@ -7,6 +7,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+from ldm.cli.entry import check_out_folder
 from ldm.errors import UserError, user_input
 
 
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.count < 1 or args.batch < 1:
         raise UserError(f"--count: found {args.count}; allowed is 1 or more, as for --batch")
+    check_out_folder(args.out)
     with user_input("--resolution"):
         data = DataConfig(source="folder", root=args.data, resolution=args.resolution)
     source = open_source(data)

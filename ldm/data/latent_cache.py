@@ -8,11 +8,12 @@ that does not match all three is refused.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -123,7 +124,8 @@ def open_cache(folder: Path, expected: Mapping[str, Any]) -> LatentCache | None:
                 f"latent cache {folder}: made with {name} = {header.get(name)}, this run has {value}; "
                 "delete the folder to build it anew, or name another with cache.folder"
             )
-    size, wanted = (folder / _MOMENTS).stat().st_size, int(np.prod(header["shape"])) * 2
+    with user_input(f"latent cache {folder}"):
+        size, wanted = (folder / _MOMENTS).stat().st_size, int(np.prod(header["shape"])) * 2
     if size != wanted:
         raise UserError(f"latent cache {folder}: found {size} bytes of moments, expected {wanted}; delete the folder")
     return LatentCache(folder, header)
@@ -133,16 +135,41 @@ def open_cache(folder: Path, expected: Mapping[str, Any]) -> LatentCache | None:
 def build_cache(
     folder: Path, source: Source, config: DataConfig, autoencoder: Autoencoder, build: CacheConfig, share: Share
 ) -> None:
-    """Encode this process's share of `source` into a folder beside the final place; the rename makes it a cache."""
+    """Encode this process's share of `source` into a folder beside the final place; the rename makes it a cache.
+
+    Raises `UserError`, and leaves nothing, if no image can be read or the disk refuses.
+    """
     header = expected_header(source, config, autoencoder)
     side = config.resolution // downsampling_factor(autoencoder)
     header["shape"] = [len(source), 1 + config.flip, 2, latent_channels(autoencoder), side, side]
     partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        with user_input(f"latent cache {folder}: cannot be written", OSError):
+            _build(partial, header, source, config, autoencoder, build, share)
+            if share.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+            share.wait()
+    finally:
+        if share.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _build(
+    partial: Path,
+    header: dict[str, Any],
+    source: Source,
+    config: DataConfig,
+    autoencoder: Autoencoder,
+    build: CacheConfig,
+    share: Share,
+) -> None:
+    """Everything but the rename."""
     if share.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         with (partial / _MOMENTS).open("wb") as file:
-            file.truncate(int(np.prod(header["shape"])) * 2)
+            _reserve(file, int(np.prod(header["shape"])) * 2)
     share.wait()
     bad = _write_moments(partial, tuple(header["shape"]), source, config, autoencoder, build, share)
     (partial / f"bad-{share.rank}.json").write_text(json.dumps(bad), encoding="utf-8")
@@ -153,9 +180,18 @@ def build_cache(
         if len(header["bad"]) == len(source):
             raise UserError(f"latent cache: none of {len(source)} images can be read; `ldm data check` says why")
         (partial / _HEADER).write_text(json.dumps(header), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    share.wait()
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Give the file its size, on the disk too: a mapped page that finds no room would kill the process by SIGBUS."""
+    if not hasattr(os, "posix_fallocate"):
+        file.truncate(size)
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        cure = "make room, name another place with cache.folder, or set cache.enabled=false"
+        raise OSError(error.errno, f"{error.strerror}; it needs {size / 2**20:.1f} MiB; {cure}") from error
 
 
 def _write_moments(

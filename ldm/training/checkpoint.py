@@ -38,22 +38,23 @@ class CheckpointFolder:
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        """Write one checkpoint, then remove the ones that are no longer kept. Call it on one process only."""
+        """Write one checkpoint, then remove the ones that are no longer kept. Call it on one process only.
+
+        Raises `UserError` if the disk refuses; what was written of it is removed, the earlier checkpoints stay.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step-{step}"
         if final.exists():
             return final
         partial = self.folder / f".partial-step-{step}"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, named in tensors.items():
-            contiguous = {key: value.detach().cpu().contiguous() for key, value in named.items()}
-            save_file(contiguous, partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
-        for file in partial.iterdir():
-            sync(file)
-        sync(partial)
-        partial.rename(final)
+        try:
+            # A full disk is an OSError to Python and a SafetensorError to safetensors.
+            with user_input(f"checkpoint {final}: cannot be written, earlier ones are kept", OSError, SafetensorError):
+                _write(partial, tensors, {"step": step, **state})
+                partial.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         sync(self.folder)
         self._prune()
         return final
@@ -78,6 +79,18 @@ class CheckpointFolder:
             (self.folder / f"step-{step}").rename(doomed)
         for leftover in [*self.folder.glob(".removed-*"), *self.folder.glob(".partial-*")]:
             shutil.rmtree(leftover)
+
+
+def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Make `folder` and have the disk hold all of it."""
+    folder.mkdir()
+    for name, named in tensors.items():
+        contiguous = {key: value.detach().cpu().contiguous() for key, value in named.items()}
+        save_file(contiguous, folder / f"{name}.safetensors")
+    (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    for file in folder.iterdir():
+        sync(file)
+    sync(folder)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -108,8 +121,12 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file as a whole: a reader sees the old one or the new one."""
+    """Replace a small text file as a whole: a reader sees the old one or the new one. Raises `UserError`."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
+    try:
+        with user_input(f"{path}: cannot be written", OSError):
+            partial.write_text(text, encoding="utf-8")
+            sync(partial)
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -146,6 +146,11 @@ class Learner:
                         "resume with the config that made it, or start a new run with another out="
                     )
                 target.copy_(saved[name])
+        for name in sorted(saved.keys() - set(self._names) - {"optimization_step"}):
+            raise UserError(
+                f"checkpoint {file}: found {name}, which the config does not build; "
+                "resume with the config that made it, or start a new run with another out="
+            )
 
     def _optimiser_tensors(self) -> dict[str, Tensor]:
         state = self.optimiser.state

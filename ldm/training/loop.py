@@ -56,6 +56,7 @@ class TrainingConfig:
 
 
 FREE_TO_CHANGE = (
+    "data.max_bad_share",
     "out",
     "runtime",
     "training.accumulation",

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,6 +16,7 @@ from autoencoder.latents import LatentStatistics, encode, fold_normalisation
 from autoencoder.model import Autoencoder, latent_channels
 from ldm.data.fixed_batches import fixed_images
 from ldm.data.sample import Source
+from ldm.errors import user_input
 from ldm.evaluation.reconstruction import ReconstructionReport, measure_reconstructions
 from ldm.training.checkpoint import write_atomically
 from ldm.training.run import Run
@@ -72,6 +74,11 @@ def save_autoencoder(autoencoder: Autoencoder, folder: Path) -> None:
     """Write the folder that diffusers opens, as a whole: beside its place first, then renamed."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    autoencoder.save_pretrained(partial, safe_serialization=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        # A full disk is an OSError to Python and a SafetensorError to safetensors.
+        with user_input(f"{folder}: cannot be written", OSError, SafetensorError):
+            autoencoder.save_pretrained(partial, safe_serialization=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

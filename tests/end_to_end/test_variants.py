@@ -1,0 +1,176 @@
+"""What the two stages promise, by their real entry points called in this process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import LDM, ROOT, SCENES, VAE, checkpoint_tensors
+
+import train_ldm
+import train_vae
+from autoencoder import decode, encode, load_autoencoder
+from ldm import LatentDiffusionPipeline
+from ldm.data.fixed_batches import fixed_images
+from ldm.data.scenes import ScenesConfig
+from ldm.data.scenes_folder import write_scenes
+from ldm.data.sources import DataConfig, open_source
+from ldm.errors import UserError
+
+
+def train_stage_1(commands, *overrides, **changes):
+    config = commands.write_config("vae.yaml", {**VAE, "out": str(commands.folder / "vae"), **changes})
+    train_vae.train_autoencoder(config, list(overrides))
+    return commands.folder / "vae"
+
+
+def train_stage_2(commands, autoencoder, *overrides, **changes):
+    values = {**LDM, "out": str(commands.folder / "ldm"), "autoencoder": str(autoencoder), **changes}
+    train_ldm.train_diffusion(commands.write_config("ldm.yaml", values), list(overrides))
+    return commands.folder / "ldm"
+
+
+def scene_images(count=24):
+    data = DataConfig(source="scenes", resolution=16, scenes=ScenesConfig(**_tuples(SCENES["scenes"])))
+    return torch.cat(list(fixed_images(open_source(data), data, count)))
+
+
+def _tuples(values):
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_the_saved_autoencoder_has_unit_latents_and_the_reconstructions_of_the_report(commands, kind):
+    vq = {"kind": "vq", "codebook_size": 16} if kind == "vq" else {}
+    run = train_stage_1(commands, autoencoder={**VAE["autoencoder"], **vq}, statistics_images=24, report_images=24)
+    autoencoder = load_autoencoder(run / "autoencoder").eval()
+    images = scene_images()
+    with torch.no_grad():
+        moments = encode(autoencoder, images)
+        reconstructions = decode(autoencoder, moments.mean)
+    variance = moments.mean.var(dim=(0, 2, 3)) + moments.logvar.exp().mean(dim=(0, 2, 3))
+    assert moments.mean.mean(dim=(0, 2, 3)).abs().max() < 0.05
+    assert (variance.sqrt() - 1).abs().max() < 0.05
+    assert autoencoder.config.scaling_factor == 1.0
+    report = json.loads((run / "report.json").read_text())
+    error = ((reconstructions.clamp(-1, 1) - images) / 2).square().mean(dim=(1, 2, 3))
+    assert report["psnr"] == pytest.approx((-10 * error.log10()).mean().item(), abs=0.05)
+    assert report["measured_on"].startswith("training images")
+    assert (run / "report.png").stat().st_size > 1000
+
+
+def test_folding_leaves_the_trained_weights_alone(commands):
+    run = train_stage_1(commands)
+    before = checkpoint_tensors(run, 8)
+    train_stage_1(commands, "training.steps=9")
+    again = commands.folder / "again"
+    config = commands.write_config("vae.yaml", {**VAE, "out": str(again), "training": {**VAE["training"], "steps": 8}})
+    train_vae.train_autoencoder(config, [])
+    after = checkpoint_tensors(again, 8)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_decoder_only_training_leaves_the_latents_alone(commands, small_autoencoder):
+    run = train_stage_1(commands, train="decoder", autoencoder={"pretrained": str(small_autoencoder)})
+    old, new = load_autoencoder(small_autoencoder), load_autoencoder(run / "autoencoder")
+    images = scene_images(4)
+    with torch.no_grad():
+        assert torch.equal(encode(old.eval(), images).mean, encode(new.eval(), images).mean)
+    assert not torch.equal(old.decoder.conv_out.weight, new.decoder.conv_out.weight)
+    assert new.config.scaling_factor == old.config.scaling_factor
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        {"schedule": "linear", "prediction": "epsilon"},
+        {"schedule": "scaled_linear", "prediction": "sample"},
+        {"schedule": "cosine", "prediction": "v_prediction", "zero_terminal_snr": True},
+        {"schedule": "flow", "prediction": "flow"},
+    ],
+)
+def test_every_prediction_trains_and_draws(commands, small_autoencoder, noise):
+    sampling = {"timestep_sampling": "logit_normal" if noise["schedule"] == "flow" else "uniform"}
+    run = train_stage_2(commands, small_autoencoder, noise=noise, objective=sampling)
+    pipeline = LatentDiffusionPipeline.from_pretrained(run / "pipeline")
+    images = pipeline("a red circle on a white background", num_inference_steps=3, seed=1, output_type="pt").images
+    assert images.shape == (1, 3, 16, 16)
+    assert images.isfinite().all()
+    assert (run / "samples" / "step-8.png").exists()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["loss"] > 0 for row in rows if "loss" in row)
+    assert any("validation/loss" in row for row in rows)
+
+
+def test_a_vq_model_and_a_model_without_text(commands):
+    autoencoder = train_stage_1(commands, autoencoder={**VAE["autoencoder"], "kind": "vq", "codebook_size": 16})
+    run = train_stage_2(commands, autoencoder / "autoencoder", conditions={"text": {"encoder": "none"}})
+    pipeline = LatentDiffusionPipeline.from_pretrained(run / "pipeline")
+    assert pipeline("", num_inference_steps=2, seed=0).images[0].size == (16, 16)
+    with pytest.raises(UserError, match="no text encoder"):
+        pipeline("a circle", num_inference_steps=2)
+
+
+def test_diffusers_alone_draws_the_same_image(commands, small_run):
+    latents = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(3))
+    save_file({"latents": latents}, commands.folder / "latents.safetensors")
+    script = commands.folder / "alone.py"
+    script.write_text(
+        f"""
+import sys
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+pipeline = StableDiffusionPipeline.from_pretrained({str(small_run / "pipeline")!r})
+latents = load_file("latents.safetensors")["latents"]
+prompts = ["a red circle on a white background", "a blue square on a black background"]
+images = pipeline(prompts, latents=latents, num_inference_steps=5, guidance_scale=4.0, output_type="pt").images
+assert not {{"ldm", "autoencoder", "conditioning"}} & sys.modules.keys()
+save_file({{"images": images.contiguous()}}, "images.safetensors")
+"""
+    )
+    commands.run(sys.executable, script)
+    prompts = ["a red circle on a white background", "a blue square on a black background"]
+    pipeline = LatentDiffusionPipeline.from_pretrained(small_run / "pipeline", dtype="fp32")
+    ours = pipeline(prompts, latents=latents, num_inference_steps=5, guidance_scale=4.0, output_type="pt").images
+    theirs = load_file(commands.folder / "images.safetensors")["images"]
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+@pytest.fixture
+def folder_of_scenes(commands):
+    write_scenes(ScenesConfig(**_tuples(SCENES["scenes"])), 16, commands.folder / "scenes", 24, progress=False)
+    return commands.folder / "scenes"
+
+
+def test_bad_files_are_quarantined_and_too_many_stop_the_run(commands, folder_of_scenes):
+    for name in ("000003.png", "000007.png"):
+        (folder_of_scenes / "images" / name).write_bytes(b"not an image")
+    data = {"source": "folder", "root": str(folder_of_scenes), "resolution": 16, "max_bad_share": 0.1}
+    run = train_stage_1(commands, data=data)
+    quarantined = [json.loads(line)["key"] for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(Path(key).name for key in quarantined) == ["000003.png", "000007.png"]
+    autoencoder = str(run / "autoencoder")
+    second = train_stage_2(commands, autoencoder, data=data)  # with the cache, which has recorded them
+    assert len((second / "quarantine.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(UserError, match=r"more than data\.max_bad_share 0\.05 allows"):
+        train_stage_1(commands, f"out={commands.folder / 'strict'}", data={**data, "max_bad_share": 0.05})
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(commands):
+    with pytest.raises(UserError, match=r"step \d: .*; stopped before the update"):
+        train_stage_1(commands, "optimiser.lr=1e30", "optimiser.clip=0", "training.checkpoint_every=1")
+    saved = sorted((commands.folder / "vae" / "checkpoints").iterdir())[-1]
+    weights = load_file(saved / "autoencoder.safetensors")
+    assert saved.name != "step-8"
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_checkpoints_are_safetensors_only(small_run):
+    files = {file.suffix for file in (small_run / "checkpoints").rglob("*") if file.is_file()}
+    assert files == {".safetensors", ".json"}
+    assert not list(small_run.rglob("*.bin"))
+    assert ROOT not in small_run.parents

@@ -1,0 +1,159 @@
+"""A checkpoint is whole or not there, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from ldm.errors import UserError
+from ldm.training import checkpoint
+from ldm.training.checkpoint import CheckpointFolder, checksum, load_checkpoint, write_atomically
+
+
+def tensors(value: float = 1.0, count: int = 6) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        "net": {"weight": torch.full((2, count // 2), value), "step": torch.tensor(7)},
+        "net.ema": {"w": torch.ones(1)},
+    }
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: writing fails in the middle, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_is_saved_is_what_comes_back(tmp_path):
+    folder = CheckpointFolder(tmp_path / "a" / "b", keep=2)
+    assert folder.latest() is None
+    assert folder.steps() == []
+    last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    folder.save(12, {**tensors(), "last": {"w": last}}, {"seed": 3, "checksums": ["x"]})
+    found = folder.latest()
+    assert found.step == 12
+    assert found.state == {"seed": 3, "checksums": ["x"]}
+    assert found.tensors.keys() == {"net", "net.ema", "last"}
+    assert torch.equal(found.tensors["last"]["w"], last)
+    assert found.tensors["net"]["step"].shape == ()
+    assert found.tensors["net"]["step"].item() == 7
+
+
+def test_the_newest_are_kept_by_number_and_not_by_name(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (8, 9, 10, 11):
+        folder.save(step, tensors(step), {})
+    assert folder.steps() == [10, 11]
+    assert folder.latest().step == 11
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-11"]
+
+
+def test_saving_a_step_again_leaves_the_first(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(1, tensors(1.0), {})
+    folder.save(1, tensors(2.0), {})
+    assert folder.latest().tensors["net"]["weight"][0, 0] == 1.0
+
+
+def test_leftovers_of_a_killed_process_are_no_checkpoints_and_go_away(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(1, tensors(), {})
+    for name in (".partial-step-2", ".partial-step-3", ".removed-step-0", "step-x", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "net.safetensors").write_bytes(b"half")
+    assert folder.steps() == [1]
+    assert folder.latest().step == 1
+    folder.save(2, tensors(), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-2", "step-x"]
+
+
+@pytest.mark.parametrize("moment", ["save_file", "sync"])
+def test_a_failure_while_writing_leaves_the_one_before(tmp_path, monkeypatch, moment):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(1, tensors(), {})
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, moment, fail)
+    with pytest.raises(KeyboardInterrupt):
+        folder.save(2, tensors(), {})
+    assert folder.latest().step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_old_ones_go_only_after_the_new_one_is_there(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(1, tensors(), {})
+    monkeypatch.setattr(CheckpointFolder, "_prune", lambda self: None)
+    folder.save(2, tensors(), {})
+    assert folder.steps() == [1, 2]
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_the_one_before(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(1, tensors(), {})
+    with files_limited_to(1000), pytest.raises(UserError, match="step-2: cannot be written, earlier ones") as caught:
+        folder.save(2, tensors(count=6000), {})
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    folder.save(2, tensors(count=6000), {})
+    assert folder.latest().step == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "no state", "no json", "no step"])
+def test_a_damaged_checkpoint_is_a_user_error_that_names_it(tmp_path, damage):
+    place = CheckpointFolder(tmp_path, keep=1).save(3, tensors(), {})
+    weights, state = place / "net.safetensors", place / "state.json"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-5])
+    elif damage == "garbage":
+        weights.write_bytes(b"garbage")
+    elif damage == "no state":
+        state.unlink()
+    else:
+        state.write_text("{" if damage == "no json" else "{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"checkpoint .*step-3: ") as caught:
+        load_checkpoint(place)
+    assert "\n" not in str(caught.value)
+
+
+def test_checksum_tells_values_names_and_files_apart_but_not_order_or_strides():
+    first = {"a": {"x": torch.randn(2, 3, 4, 4), "y": torch.ones(2)}, "b": {"z": torch.tensor(1)}}
+    same = {"b": first["b"], "a": {"y": torch.ones(2), "x": first["a"]["x"].to(memory_format=torch.channels_last)}}
+    assert checksum(first) == checksum(same)
+    changed = first["a"]["x"].clone()
+    changed[1, 2, 3, 3] += 1e-6
+    others = [
+        {**first, "a": {**first["a"], "x": changed}},
+        {**first, "a": {"x": first["a"]["x"], "w": torch.ones(2)}},
+        {"a": first["a"], "c": first["b"]},
+    ]
+    assert len({checksum(first), *map(checksum, others)}) == 4
+
+
+def test_write_atomically_replaces_the_whole_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomically(path, "long old text")
+    write_atomically(path, "neu ä")
+    assert path.read_text(encoding="utf-8") == "neu ä"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_write_atomically_keeps_the_old_file_when_the_disk_is_full(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+    with files_limited_to(10), pytest.raises(UserError, match=r"a\.json: cannot be written"):
+        write_atomically(path, "x" * 100_000)
+    assert path.read_text(encoding="utf-8") == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(UserError, match="cannot be written"):
+        write_atomically(tmp_path / "none" / "a.json", "x")

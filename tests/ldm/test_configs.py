@@ -1,0 +1,139 @@
+"""Every config that we ship is valid, and the networks of the full ones are what their names say (on meta)."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from autoencoder.latents import decode, encode
+from autoencoder.model import Autoencoder, build_autoencoder, downsampling_factor, latent_channels
+from conditioning.conditions import Conditions
+from conditioning.text import TextConfig
+from ldm.config import dump, load
+from ldm.training.stage1 import Stage1Config
+from ldm.training.stage2 import Stage2Config
+from ldm.unet import build_unet, denoise
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.y*ml"))
+VAES = [path for path in FILES if path.name.startswith("vae")]
+LDMS = [path for path in FILES if path.name.startswith("ldm")]
+FULL_VAES = [path for path in VAES if path.parent.name == "full"]
+FULL_LDMS = [path for path in LDMS if path.parent.name == "full"]
+PARAMETERS = {"vae-kl-f8-256": 83_653_863, "ldm-sd15-256": 859_520_964, "ldm-sd15-512": 859_520_964}
+"""Of Stable Diffusion 1.5's own `vae` and `unet`."""
+GPUS = 8
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+@cache
+def config_of(path: Path) -> Stage1Config | Stage2Config:
+    return load(Stage1Config if path in VAES else Stage2Config, path)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@cache
+def autoencoder_for(path: Path) -> Autoencoder:
+    """The autoencoder that a stage 2 config names, from the stage 1 config that makes it, on the meta device."""
+    wanted = config_of(path).autoencoder
+    makers = [vae for vae in VAES if wanted == f"{config_of(vae).out}/autoencoder"]
+    assert len(makers) == 1, f"{name_of(path)}: autoencoder {wanted} is made by {makers or 'no config'}"
+    with torch.device("meta"):
+        return build_autoencoder(config_of(makers[0]).autoencoder)
+
+
+def text_width(config: TextConfig) -> int | None:
+    if config.encoder == "none":
+        return None
+    if config.encoder == "trained":
+        return config.width
+    assert (config.encoder, config.pretrained) == ("clip", "openai/clip-vit-large-patch14")
+    with torch.device("meta"):
+        vit_l = CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+        )
+        return CLIPTextModel(vit_l).config.hidden_size
+
+
+def test_there_are_configs_of_both_stages_and_no_others():
+    assert {name_of(path) for path in FULL_VAES + FULL_LDMS} == {f"full/{name}" for name in PARAMETERS}
+    assert {"demo/vae", "demo/ldm"} <= {name_of(path) for path in FILES}
+    assert [path for path in FILES if path not in VAES + LDMS] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_it_loads_strictly_and_survives_being_written_down(path, tmp_path):
+    config = config_of(path)
+    again = tmp_path / "config.yaml"
+    again.write_text(dump(config), encoding="utf-8")
+    assert load(type(config), again) == config
+
+
+@pytest.mark.parametrize("path", FULL_VAES + FULL_LDMS, ids=name_of)
+def test_full_configs_fit_eight_gpus(path):
+    config, first = config_of(path), path.read_text(encoding="utf-8").splitlines()[0]
+    script = "train_vae.py" if path in VAES else "train_ldm.py"
+    assert f"--num_processes {GPUS} {script} configs/full/{path.name}" in first
+    assert config.training.batch_size % (config.training.accumulation * GPUS) == 0
+    assert config.runtime.precision == "auto"
+
+
+@pytest.mark.parametrize("path", VAES, ids=name_of)
+def test_autoencoders(path):
+    config = config_of(path)
+    if config.autoencoder.pretrained is not None:
+        pytest.skip("continues from weights that are not here")
+    with torch.device("meta"):
+        autoencoder = build_autoencoder(config.autoencoder)
+        side = config.data.resolution
+        moments = encode(autoencoder, torch.empty(2, 3, side, side))
+        images = decode(autoencoder, moments.mean)
+    factor = downsampling_factor(autoencoder)
+    assert moments.mean.shape == (2, config.autoencoder.latent_channels, side // factor, side // factor)
+    assert images.shape == (2, 3, side, side)
+    if path.parent.name == "full":
+        assert count(autoencoder) == PARAMETERS[path.stem]
+
+
+@pytest.mark.parametrize("path", LDMS, ids=name_of)
+def test_unets_fit_the_autoencoders_that_they_name(path):
+    config, autoencoder = config_of(path), autoencoder_for(path)
+    assert config.data.resolution % downsampling_factor(autoencoder) == 0
+    channels, side = latent_channels(autoencoder), config.data.resolution // downsampling_factor(autoencoder)
+    width = text_width(config.conditions.text)
+    with torch.device("meta"):
+        unet = build_unet(config.unet, latent_channels=channels, context_width=width, sample_size=side)
+        context = None if width is None else torch.empty(2, config.conditions.text.length, width)
+        latents, timesteps = torch.empty(2, channels, side, side), torch.zeros(2, dtype=torch.long)
+        output = denoise(unet, latents, timesteps, Conditions(context=context))
+    assert output.shape == latents.shape
+    if path.parent.name == "full":
+        assert width == 768
+        assert count(unet) == PARAMETERS[path.stem]
+
+
+def test_the_kl_weight_is_latent_diffusions_in_means():
+    config = config_of(CONFIGS / "full" / "vae-kl-f8-256.yaml")
+    size, channels = config.data.resolution, config.autoencoder.latent_channels
+    side = size // 2 ** (len(config.autoencoder.channels) - 1)
+    assert config.loss.kl_weight == pytest.approx(1e-6 * channels * side**2 / (3 * size**2), rel=1e-3)
+    # Adam's step does not see the scale of the loss, so only the balance with the reconstruction matters.
+    assert (config.loss.reconstruction_weight, config.loss.perceptual_weight) == (1, 1)
+
+
+def test_the_second_phase_goes_on_from_the_first():
+    first, second = (config_of(CONFIGS / "full" / f"ldm-sd15-{size}.yaml") for size in (256, 512))
+    changed = ("out", "data", "validation_data", "training")
+    assert [name for name in vars(first) if getattr(first, name) != getattr(second, name)] == [
+        name for name in vars(first) if name in changed
+    ]
