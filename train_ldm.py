@@ -93,6 +93,7 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
             stage.pipeline().save_pretrained(folder / "pipeline")
         run.say(f"model: {folder / 'pipeline'}   (ldm generate --model {folder / 'pipeline'} --prompt '...')")
     run.accelerator.wait_for_everyone()
+    run.accelerator.state.destroy_process_group()
 
 
 if __name__ == "__main__":

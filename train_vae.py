@@ -71,6 +71,7 @@ def train_autoencoder(config_path: Path, overrides: list[str]) -> None:
     if run.accelerator.is_main_process:
         finish(stage, config, run, source, validation_source)
     run.accelerator.wait_for_everyone()
+    run.accelerator.state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -113,6 +113,8 @@ def build_unet(
             )
     if config.pretrained is not None:
         _check_fit(unet, latent_channels, spatial_channels, context_width, class_embedding_width)
+        unet.register_to_config(sample_size=sample_size)  # the size that it draws unasked is the one trained last
+        unet.train()
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     set_attention(unet, config.attention_backend)

@@ -56,6 +56,8 @@ class TrainingConfig:
 
 
 FREE_TO_CHANGE = (
+    "optimiser.clip",
+    "optimiser.lr",
     "data.max_bad_share",
     "out",
     "runtime",
@@ -67,8 +69,8 @@ FREE_TO_CHANGE = (
     "training.validate_every",
     "training.workers",
 )
-"""Config keys that may differ when a run goes on: they change no sample and, but for rounding, no gradient. A new
-number of steps changes the rest of a falling learning rate, which is what one asks for by it."""
+"""Config keys that may differ when a run goes on. Most change no sample and, but for rounding, no gradient; learning
+rate, clipping and the number of steps are what one turns when a run is to go on otherwise."""
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from ldm.device import choose_dtype
@@ -64,7 +66,11 @@ def open_run(folder: Path, seed: int, runtime: RuntimeConfig, keep_checkpoints: 
         log_with=list(runtime.trackers) or None,
         project_dir=str(folder),
         # Buffers (noise schedules, position ids) are the same everywhere; broadcasting them each step is waste.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            # The others wait while the first process validates and reports, which may take long at full size.
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+        ],
     )
     run = Run(folder, seed, accelerator, CheckpointFolder(folder / "checkpoints", keep_checkpoints).latest())
     devices = f"{accelerator.num_processes} x {accelerator.device.type}"

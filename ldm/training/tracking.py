@@ -59,7 +59,9 @@ class Tracking:
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
-        self._accelerator.end_training()
+        # Not `end_training`: it also parts the processes, which have the report and the saved model ahead of them.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
 
 def _before(line: str, step: int) -> bool:

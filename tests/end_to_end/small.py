@@ -100,8 +100,8 @@ class Commands:
         return self.run(sys.executable, ROOT / f"train_{stage}.py", config, *overrides, expect=expect)
 
     def train_with_processes(self, count: int, stage: str, config: Path, *overrides: str) -> None:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", count]
-        launcher += ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+        """Several gloo processes. `accelerate launch` starts only one on a CPU (more need MPI), so torchrun does it."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
         self.run(*launcher, ROOT / f"train_{stage}.py", config, *overrides)
 
     def train_and_interrupt(self, stage: str, config: Path, *overrides: str, until: Path, how: signal.Signals) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import LDM, ROOT, SCENES, VAE, checkpoint_tensors
+from small import LDM, ROOT, SCENES, VAE, checkpoint_tensors, losses
 
 import train_ldm
 import train_vae
@@ -174,3 +174,60 @@ def test_checkpoints_are_safetensors_only(small_run):
     assert files == {".safetensors", ".json"}
     assert not list(small_run.rglob("*.bin"))
     assert ROOT not in small_run.parents
+
+
+def test_tensorboard_shows_losses_and_pictures(small_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(small_run / "logs"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss", "gradient_norm/unet", "images_per_second", "validation/loss"} <= set(tags["scalars"])
+    assert tags["images"] == ["samples"]
+    assert [event.step for event in events.Scalars("loss")] == list(range(8))
+
+
+def test_bf16_keeps_weights_and_optimiser_in_fp32(commands):
+    config = commands.write_config("vae.yaml", {**VAE, "out": "run"})
+    result = commands.train("vae", config, "runtime.precision=bf16", "training.steps=3")
+    assert "bf16" in result.stderr
+    tensors = checkpoint_tensors(commands.folder / "run", 3)
+    assert {t.dtype for (file, _), t in tensors.items() if file.endswith(("autoencoder", "discriminator", "ema"))} <= {
+        torch.float32,
+        torch.int64,  # the average's own counter
+    }
+    assert {t.dtype for (file, _), t in tensors.items() if file.endswith("optimiser")} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_memory_not_the_loss(commands, small_autoencoder):
+    plain = train_stage_2(commands, small_autoencoder, f"out={commands.folder / 'plain'}")
+    spared = train_stage_2(
+        commands, small_autoencoder, f"out={commands.folder / 'spared'}", "unet.gradient_checkpointing=true"
+    )
+    curves = [[row["loss"] for row in losses(run) if "loss" in row] for run in (plain, spared)]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_lpips_from_a_local_file_trains_and_is_reported(commands):
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    trunk = {f"features.{name}": value for name, value in alexnet(weights=None).features.state_dict().items()}
+    save_file(trunk, commands.folder / "alexnet.safetensors")
+    lpips = {
+        "perceptual": "lpips",
+        "lpips_network": "alex",
+        "lpips_weights": str(commands.folder / "alexnet.safetensors"),
+    }
+    data = {**SCENES, "resolution": 64}
+    run = train_stage_1(commands, "training.steps=2", data=data, loss=lpips, discriminator={"weight": 0})
+    assert json.loads((run / "report.json").read_text())["lpips"] > 0
+    assert all(row["perceptual"] > 0 for row in losses(run) if "perceptual" in row)
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_has_the_same_loss(commands, small_autoencoder):
+    plain = train_stage_2(commands, small_autoencoder, f"out={commands.folder / 'plain'}")
+    compiled = train_stage_2(commands, small_autoencoder, f"out={commands.folder / 'compiled'}", "compile=true")
+    curves = [[row["loss"] for row in losses(run) if "loss" in row] for run in (plain, compiled)]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
