@@ -31,10 +31,10 @@ demo: $(VENV)/installed
 	@echo "Your own words: $(BIN)/ldm generate --model runs/demo/ldm/pipeline --prompt 'a red circle on a black background' --out runs/demo/mine"
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(TESTS)
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -59,7 +59,7 @@ def measure_reconstructions(
     psnr: list[Tensor] = []
     ssim: list[Tensor] = []
     distance: list[Tensor] = []
-    shown: list[tuple[Tensor, Tensor]] = []
+    gallery = _Gallery()
     statistics = LatentStatistics(latent_channels(autoencoder))
     resolution, latent_shape = 0, [0]
     for batch in batches:
@@ -72,8 +72,8 @@ def measure_reconstructions(
         ssim.append(structural_similarity_index_measure(reconstructions, originals, reduction="none", data_range=1.0))
         if lpips is not None:
             distance.append(lpips(originals * 2 - 1, reconstructions * 2 - 1))
-        if len(shown) < PICTURES:
-            shown += list(zip(originals.cpu(), reconstructions.cpu(), strict=True))[: PICTURES - len(shown)]
+        for pair in zip(originals.cpu(), reconstructions.cpu(), strict=True):
+            gallery.offer(pair)
         resolution, latent_shape = images.shape[-1], list(moments.mean.shape[1:])
     if not psnr:
         raise UserError("no image to measure; give a data set with at least one")
@@ -87,7 +87,26 @@ def measure_reconstructions(
         latent_std=statistics.std.tolist(),
         latent_shape=latent_shape,
     )
-    return report, side_by_side(shown)
+    return report, side_by_side(gallery.chosen())
+
+
+class _Gallery:
+    """A few pairs spread evenly over a stream of unknown length: a sorted folder must not show its first class only."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._stride, self._seen = 1, 0
+
+    def offer(self, pair: tuple[Tensor, Tensor]) -> None:
+        if self._seen % self._stride == 0:
+            self._kept.append(pair)
+        self._seen += 1
+        if len(self._kept) == 2 * PICTURES:
+            self._kept, self._stride = self._kept[::2], 2 * self._stride
+
+    def chosen(self) -> list[tuple[Tensor, Tensor]]:
+        count = min(PICTURES, len(self._kept))
+        return [self._kept[i * len(self._kept) // count] for i in range(count)]
 
 
 def as_saved(images: Tensor) -> Tensor:
