@@ -5,16 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ldm.cli.entry import Parser, run_command
+from ldm.cli.entry import run_training
 
 
 def main() -> int:
     """Parse the command line and train; returns the exit code."""
-    parser = Parser(prog="train_ldm.py", description=__doc__)
-    parser.add_argument("config", type=Path, help="a YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace single values of the config")
-    arguments = parser.parse_args()
-    return run_command("train_ldm.py", lambda: train_diffusion(arguments.config, arguments.overrides))
+    return run_training("train_ldm.py", __doc__, train_diffusion)
 
 
 def train_diffusion(config_path: Path, overrides: list[str]) -> None:
@@ -23,13 +19,11 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     from conditioning.text import build_text_encoder
     from ldm.config import claim_run_folder, load
     from ldm.data.latent_cache import Share, cached_latents
-    from ldm.data.loader import TrainingBatches
-    from ldm.data.quarantine import Quarantine
     from ldm.data.sources import open_source
     from ldm.errors import user_input
     from ldm.randomness import seed_weights
-    from ldm.training.loop import restore, train
-    from ldm.training.run import describe_parameters, open_run, split_batch
+    from ldm.training.loop import open_quarantine, train, training_batches
+    from ldm.training.run import describe_parameters, open_run
     from ldm.training.stage2 import DiffusionStage, Stage2Config
     from ldm.unet import build_unet
 
@@ -40,7 +34,6 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
         autoencoder = load_autoencoder(config.autoencoder)
     folder = Path(config.out)
     run = open_run(folder, config.seed, config.runtime, config.training.keep_checkpoints)
-    split_batch(config.training.batch_size, config.training.accumulation, run.accelerator)
 
     seed_weights(config.seed)
     text_encoder = None
@@ -57,43 +50,22 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     run.say(describe_parameters("U-Net", unet))
     if text_encoder is not None:
         run.say(describe_parameters("text encoder", text_encoder))
-    # Only now, as all that the config names has been found: a run that never began binds nobody to its config.
-    with run.accelerator.main_process_first():
-        claim_run_folder(config, folder, config.free_to_change)
-    if run.checkpoint is not None:
-        restore(stage, run.checkpoint)
     reader = None
     if config.cache.enabled:
         accelerator = run.accelerator
         share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
         cache_folder = Path(config.cache.folder) if config.cache.folder else folder / "latents"
         reader = cached_latents(cache_folder, source, config.data, autoencoder, config.cache, share)
-    batches = TrainingBatches(
-        source,
-        config.data,
-        batch_size=config.training.batch_size,
-        accumulation=config.training.accumulation,
-        seed=config.seed,
-        start_step=run.start_step,
-        end_step=config.training.steps,
-        rank=run.accelerator.process_index,
-        world_size=run.accelerator.num_processes,
-        workers=config.training.workers,
-        reader=reader,
-    )
-    quarantine = Quarantine(
-        folder / "quarantine.jsonl",
-        config.data.max_bad_share,
-        len(source),
-        writes=run.accelerator.is_main_process,
-    )
-    train(stage, batches, config.training, run, quarantine)
+    batches = training_batches(source, config.data, config.training, run, reader)
+    # Only now, as all that the config names has been found: a run that never began binds nobody to its config.
+    with run.accelerator.main_process_first():
+        claim_run_folder(config, folder, config.free_to_change)
+    train(stage, batches, config.training, run, open_quarantine(source, config.data, run))
     if run.accelerator.is_main_process:
         with stage.learner.averaged_weights():
             stage.pipeline().save_pretrained(folder / "pipeline")
         run.say(f"model: {folder / 'pipeline'}   (ldm generate --model {folder / 'pipeline'} --prompt '...')")
-    run.accelerator.wait_for_everyone()
-    run.accelerator.state.destroy_process_group()
+    run.close()
 
 
 if __name__ == "__main__":

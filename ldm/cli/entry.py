@@ -37,6 +37,15 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
         return 128 + signal.SIGINT
 
 
+def run_training(name: str, description: str | None, train: Callable[[Path, list[str]], None]) -> int:
+    """The command line of both training scripts: CONFIG key.sub=value ..."""
+    parser = Parser(prog=name, description=description)
+    parser.add_argument("config", type=Path, help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace single values of the config")
+    arguments = parser.parse_args()
+    return run_command(name, lambda: train(arguments.config, arguments.overrides))
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with the command line in one line, like all else; `--help` shows the options."""
 

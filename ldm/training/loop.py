@@ -15,8 +15,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.data.loader import LatentReader, TrainingBatches
 from ldm.data.quarantine import Quarantine
-from ldm.data.sample import Batch
+from ldm.data.sample import Batch, Source
+from ldm.data.sources import DataConfig
 from ldm.errors import UserError
 from ldm.training.checkpoint import Checkpoint, CheckpointFolder, checksum
 from ldm.training.learner import Learner
@@ -94,12 +96,40 @@ class Stage(Protocol):
         """Measure with the averaged weights. Runs on the first process only."""
 
 
+def training_batches(
+    source: Source, data: DataConfig, config: TrainingConfig, run: Run, reader: LatentReader | None = None
+) -> TrainingBatches:
+    """This process's batches from where the run goes on. Raises `UserError` if they cannot be shared out evenly."""
+    return TrainingBatches(
+        source,
+        data,
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        seed=run.seed,
+        start_step=run.start_step,
+        end_step=config.steps,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        workers=config.workers,
+        reader=reader,
+        pin_memory=run.accelerator.device.type == "cuda",
+    )
+
+
+def open_quarantine(source: Source, data: DataConfig, run: Run) -> Quarantine:
+    """The run folder's list of unusable samples; the first process writes it."""
+    path = run.folder / "quarantine.jsonl"
+    return Quarantine(path, data.max_bad_share, len(source), writes=run.accelerator.is_main_process)
+
+
 def train(stage: Stage, batches: Iterable[Batch], config: TrainingConfig, run: Run, quarantine: Quarantine) -> None:
     """Train from `run.start_step` to `config.steps`, resumable at every instant.
 
     Raises `UserError` if a loss or gradient is not finite or too much data is bad; leaves the process with exit code
     75 after SIGTERM or Ctrl-C, once the checkpoint is written.
     """
+    if run.checkpoint is not None:
+        restore(stage, run.checkpoint)
     checkpoints = CheckpointFolder(run.folder / "checkpoints", config.keep_checkpoints)
     micro_batches = iter(batches)
     with ExitStack() as stack:

@@ -14,7 +14,6 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from ldm.device import choose_dtype
-from ldm.errors import UserError
 from ldm.picture import save_png
 from ldm.training.checkpoint import Checkpoint, CheckpointFolder
 
@@ -50,6 +49,11 @@ class Run:
         if self.accelerator.is_main_process:
             print(line, file=sys.stderr, flush=True)
 
+    def close(self) -> None:
+        """Part from the other processes once all are done."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.state.destroy_process_group()
+
     def save_picture(self, picture: Image, name: str) -> Path:
         """Write a picture into the run folder; call it on one process."""
         path = self.folder / name
@@ -78,17 +82,6 @@ def open_run(folder: Path, seed: int, runtime: RuntimeConfig, keep_checkpoints: 
     start = f"going on from step {run.start_step}" if run.checkpoint else "a new run"
     run.say(f"{folder}: {start}, on {devices}, {format_name}, {torch.get_num_threads()} threads")
     return run
-
-
-def split_batch(batch_size: int, accumulation: int, accelerator: Accelerator) -> int:
-    """Images per process and micro-batch; raises `UserError` if the global batch cannot be shared out evenly."""
-    parts = accumulation * accelerator.num_processes
-    if batch_size % parts:
-        raise UserError(
-            f"training.batch_size: found {batch_size}; allowed is a multiple of {parts} = {accelerator.num_processes} "
-            f"processes x {accumulation} micro-batches, since it counts the images of the whole update"
-        )
-    return batch_size // parts
 
 
 def describe_parameters(name: str, module: nn.Module) -> str:
