@@ -13,7 +13,6 @@ from ldm.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.data.scenes import Scene
     from ldm.evaluation.scenes import SceneScore
     from ldm.pipeline import LatentDiffusionPipeline
 
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {"model": str(args.model), "prompts": "held-out combinations", **settings}
     metrics = {**settings, **result, "confusion": confusion_matrix(scores)}
     write_atomically(args.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    save_png(_grid(images, scenes, scores), args.out / "grid.png")
+    save_png(_grid(images, [prompt for prompt, _ in prompts], scores), args.out / "grid.png")
     print(describe(result))
     print(f"picture: {args.out / 'grid.png'}   figures: {args.out / 'metrics.json'}")
 
@@ -107,15 +106,12 @@ def _draw(pipeline: LatentDiffusionPipeline, prompts: list[str], args: argparse.
     return images
 
 
-def _grid(images: list[Image.Image], scenes: list[Scene], scores: list[SceneScore]) -> Image.Image:
-    """The first pictures with their prompts; a prompt that is not fully met says what was found."""
-    from ldm.data.scenes import caption
+def _grid(images: list[Image.Image], prompts: list[str], scores: list[SceneScore]) -> Image.Image:
+    """The first pictures with their prompts; a prompt that is not fully met says what is wrong."""
     from ldm.picture import grid
 
     captions = []
-    for scene, score in list(zip(scenes, scores, strict=True))[:SHOWN]:
-        wrong = [
-            name for name in ("background", "objects", "colours", "sizes", "relation") if getattr(score, name) is False
-        ]
-        captions.append(caption(scene) + (f"  [wrong: {', '.join(wrong)}]" if wrong else ""))
+    for prompt, score in list(zip(prompts, scores, strict=True))[:SHOWN]:
+        wrong = [part for part in STATEMENTS if getattr(score, part) is False]
+        captions.append(prompt + (f"  [wrong: {', '.join(wrong)}]" if wrong else ""))
     return grid(images[:SHOWN], captions=captions, columns=8)

@@ -24,6 +24,7 @@ from ldm.data.scene_rendering import (
     EMOJI,
     EMOJI_FONT,
     PALETTE,
+    PHRASINGS,
     RELATIONS,
     SHAPE_COLOURS,
     SHAPES,
@@ -363,9 +364,10 @@ def _fingerprint(config: ScenesConfig, resolution: int) -> str:
 
 
 def held_out_prompts(config: ScenesConfig, count: int, seed: int = 0) -> list[tuple[str, Scene]]:
-    """`count` prompts (phrasing 0) of held-out combinations and what each should show; the config's split is not used.
+    """`count` prompts of held-out combinations and what each should show; the config's split is not used.
 
-    All differ as far as there are so many; after that they repeat in turn. Raises `UserError` when nothing is held out.
+    First every combination in phrasing 0, then in the other phrasings, so that all prompts differ as far as there are
+    so many; after that they repeat in turn. Raises `UserError` when nothing is held out.
     """
     with user_input("held-out prompts", ValueError):
         held = dataclasses.replace(config, split="held_out", seed=derive_seed(seed, "held-out prompts"))
@@ -375,7 +377,8 @@ def held_out_prompts(config: ScenesConfig, count: int, seed: int = 0) -> list[tu
         found.setdefault(caption(scene), scene)
         if len(found) == count:
             break
-    prompts = list(found.items())
+    scenes = list(found.values())
+    prompts = [(caption(scene, phrasing), scene) for phrasing in range(PHRASINGS) for scene in scenes]
     return [prompts[position % len(prompts)] for position in range(count)]
 
 

@@ -213,12 +213,12 @@ def test_three_objects_are_left_to_draw_from_three_kinds() -> None:
 def test_held_out_prompts_differ_and_then_repeat_evenly() -> None:
     config = ScenesConfig(**FEW, sizes=("large",), held_out=0.2)
     number = len(held_out_singles(config))
-    prompts = held_out_prompts(config, 3 * number, seed=1)
+    prompts = held_out_prompts(config, 3 * PHRASINGS * number, seed=1)
     texts = [text for text, _ in prompts]
     assert {texts.count(text) for text in texts} == {3}
-    assert len(set(texts[:number])) == number
-    for text, scene in prompts:
-        assert text == caption(scene)
+    assert len(set(texts[: PHRASINGS * number])) == PHRASINGS * number
+    for position, (text, scene) in enumerate(prompts):
+        assert text == caption(scene, position // number % PHRASINGS)
         assert is_held_out(config, scene)
     assert held_out_prompts(config, 5, seed=1) == prompts[:5] != held_out_prompts(config, 5, seed=2)
     with pytest.raises(UserError, match=r"held-out prompts: split: found held_out, but held_out is 0\.0"):
