@@ -205,7 +205,10 @@ def test_a_saved_network_with_a_weight_missing_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "runs", "./owner/name", "a/b/c"])
-def test_a_missing_folder_is_one_line_and_never_a_download(name: str) -> None:
+def test_a_missing_folder_is_one_line_and_never_a_download(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="which does not exist; allowed is an existing folder or a hub id"):
         tiny(UNetConfig(pretrained=name))
 
