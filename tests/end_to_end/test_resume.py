@@ -68,9 +68,9 @@ def test_another_number_of_workers_changes_nothing(commands):
 def test_a_changed_config_is_refused_by_name(commands):
     config = commands.write_config("config.yaml", {**VAE, "out": "run"})
     commands.train("vae", config, "training.steps=1")
-    result = commands.train("vae", config, "optimiser.lr=0.5", expect=2)
-    assert "optimiser.lr: found 0.5" in result.stderr
-    assert "began with 0.001" in result.stderr
+    result = commands.train("vae", config, "optimiser.weight_decay=0.5", expect=2)
+    assert "optimiser.weight_decay: found 0.5" in result.stderr
+    assert "began with 0.01" in result.stderr
 
 
 def test_a_cache_of_another_autoencoder_is_refused_by_name(commands, small_autoencoder):

@@ -28,10 +28,10 @@ def train_stage_1(commands, *overrides, **changes):
     return commands.folder / "vae"
 
 
-def train_stage_2(commands, autoencoder, *overrides, **changes):
-    values = {**LDM, "out": str(commands.folder / "ldm"), "autoencoder": str(autoencoder), **changes}
+def train_stage_2(commands, autoencoder, *overrides, out="ldm", **changes):
+    values = {**LDM, "out": str(commands.folder / out), "autoencoder": str(autoencoder), **changes}
     train_ldm.train_diffusion(commands.write_config("ldm.yaml", values), list(overrides))
-    return commands.folder / "ldm"
+    return commands.folder / out
 
 
 def scene_images(count=24):
@@ -200,11 +200,10 @@ def test_bf16_keeps_weights_and_optimiser_in_fp32(commands):
 
 
 def test_gradient_checkpointing_changes_memory_not_the_loss(commands, small_autoencoder):
-    plain = train_stage_2(commands, small_autoencoder, f"out={commands.folder / 'plain'}")
-    spared = train_stage_2(
-        commands, small_autoencoder, f"out={commands.folder / 'spared'}", "unet.gradient_checkpointing=true"
-    )
+    plain = train_stage_2(commands, small_autoencoder, out="plain")
+    spared = train_stage_2(commands, small_autoencoder, "unet.gradient_checkpointing=true", out="spared")
     curves = [[row["loss"] for row in losses(run) if "loss" in row] for run in (plain, spared)]
+    assert len(curves[0]) == 8
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
@@ -227,7 +226,7 @@ def test_lpips_from_a_local_file_trains_and_is_reported(commands):
 
 @pytest.mark.slow
 def test_a_compiled_unet_has_the_same_loss(commands, small_autoencoder):
-    plain = train_stage_2(commands, small_autoencoder, f"out={commands.folder / 'plain'}")
-    compiled = train_stage_2(commands, small_autoencoder, f"out={commands.folder / 'compiled'}", "compile=true")
+    plain = train_stage_2(commands, small_autoencoder, out="plain")
+    compiled = train_stage_2(commands, small_autoencoder, "compile=true", out="compiled")
     curves = [[row["loss"] for row in losses(run) if "loss" in row] for run in (plain, compiled)]
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
