@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -74,12 +73,6 @@ def test_user_errors(images: Path, tmp_path: Path) -> None:
         call()
 
 
-needs_scenes = pytest.mark.skipif(
-    importlib.util.find_spec("ldm.data.scenes_folder") is None, reason="ldm.data.scenes_folder is not there"
-)
-
-
-@needs_scenes
 def test_scenes_become_a_folder_that_passes_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "scenes"
     assert not call("scenes", out, "--count", 6, "--resolution", 32, "--seed", 5, "--max-objects", 2)
@@ -95,7 +88,6 @@ def test_scenes_become_a_folder_that_passes_the_check(tmp_path: Path, capsys: py
         call("scenes", out, "--count", 6)
 
 
-@needs_scenes
 def test_scenes_that_cannot_be(tmp_path: Path) -> None:
     for words in (("--max-objects", 9), ("--count", 0), ("--resolution", 4)):
         with pytest.raises(UserError) as caught:
