@@ -16,16 +16,15 @@ def main() -> int:
 def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     """Build what the config names, train it, and write the finished pipeline."""
     from autoencoder.model import downsampling_factor, latent_channels, load_autoencoder
-    from conditioning.text import build_text_encoder
     from ldm.config import claim_run_folder, load
     from ldm.data.latent_cache import Share, cached_latents
     from ldm.data.sources import open_source
     from ldm.errors import user_input
     from ldm.randomness import seed_weights
+    from ldm.training.conditions import build_conditioned_unet, build_encoders, wanted_of
     from ldm.training.loop import open_quarantine, train, training_batches
     from ldm.training.run import describe_parameters, open_run
     from ldm.training.stage2 import DiffusionStage, Stage2Config
-    from ldm.unet import build_unet
 
     config = load(Stage2Config, config_path, overrides)
     source = open_source(config.data)
@@ -36,27 +35,25 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     run = open_run(folder, config.seed, config.runtime, config.training.keep_checkpoints)
 
     seed_weights(config.seed)
-    text_encoder = None
-    if config.conditions.text.encoder != "none":
-        with user_input("conditions.text"):
-            text_encoder = build_text_encoder(config.conditions.text)
-    unet = build_unet(
+    encoders = build_encoders(config.conditions, source, config.unet.pretrained)
+    unet = build_conditioned_unet(
         config.unet,
+        config.conditions,
+        encoders,
         latent_channels=latent_channels(autoencoder),
-        context_width=text_encoder.width if text_encoder else None,
         sample_size=config.data.resolution // downsampling_factor(autoencoder),
     )
-    stage = DiffusionStage(config, run, autoencoder, text_encoder, unet, validation_source)
+    stage = DiffusionStage(config, run, autoencoder, encoders, unet, validation_source)
     run.say(describe_parameters("U-Net", unet))
-    if text_encoder is not None:
-        run.say(describe_parameters("text encoder", text_encoder))
+    run.say(describe_parameters(f"conditions ({', '.join(config.conditions.dropouts()) or 'none'})", encoders))
     reader = None
     if config.cache.enabled:
         accelerator = run.accelerator
         share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
         cache_folder = Path(config.cache.folder) if config.cache.folder else folder / "latents"
         reader = cached_latents(cache_folder, source, config.data, autoencoder, config.cache, share)
-    batches = training_batches(source, config.data, config.training, run, reader)
+    wanted = wanted_of(config.conditions, encoders)
+    batches = training_batches(source, config.data, config.training, run, reader, wanted)
     # Only now, as all that the config names has been found: a run that never began binds nobody to its config.
     with run.accelerator.main_process_first():
         claim_run_folder(config, folder, config.free_to_change)

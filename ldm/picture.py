@@ -1,11 +1,14 @@
-"""Generated images on their way out: to Pillow, to a captioned grid, to a PNG that says how it was made."""
+"""Generated images on their way out: to Pillow, to a captioned grid, to a file that says how it was made."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +21,8 @@ CELL_WIDTH = 160
 """Pixels: pictures in a grid are enlarged to at least this width, so that a caption finds room under them."""
 GAP = 8
 MOST_LINES = 6
+EXIF_DETAILS, EXIF_USER_COMMENT = 0x8769, 0x9286
+"""The tags of EXIF's own directory and, in it, of the comment (Exif 2.3, 4.6.3 and 4.6.5)."""
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -34,6 +39,27 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """Images [B, 3, H, W] in [-1, 1] -> B RGB pictures, rounded to 8 bits exactly as diffusers does."""
     pixels = (to_numpy(images) * 255).round().astype(np.uint8)  # [B, H, W, 3]
     return [Image.fromarray(array) for array in pixels]
+
+
+def colour_map(semantic: Tensor | np.ndarray) -> Image.Image:
+    """A semantic map [H, W] as an RGB picture: a colour of its own for every class, black for unknown (255).
+
+    The colours are those of the PASCAL VOC palette: bits of the class number, spread over the channels.
+    """
+    classes = np.asarray(semantic).astype(np.uint32)
+    colours = np.zeros((*classes.shape, 3), dtype=np.uint8)
+    rest: np.ndarray = classes + 1
+    for bit in range(7, -1, -1):
+        for channel in range(3):
+            colours[..., channel] |= (((rest >> channel) & 1) << bit).astype(np.uint8)
+        rest = rest >> 3
+    colours[classes == 255] = 0
+    return Image.fromarray(colours)
+
+
+def mask_picture(mask: Tensor) -> Image.Image:
+    """A mask float [1, H, W] in [0, 1] as a picture of mode L, white = repaint."""
+    return Image.fromarray((mask[0].cpu().numpy() * 255).round().astype(np.uint8))
 
 
 def grid(
@@ -99,38 +125,104 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
     return "\n".join(lines)
 
 
+def strip(images: Sequence[Image.Image]) -> Image.Image:
+    """RGB pictures of one size side by side, without gaps. Raises ValueError without pictures."""
+    if not images:
+        raise ValueError("found no pictures; allowed is one or more")
+    width, height = images[0].size
+    canvas = Image.new("RGB", (width * len(images), height))
+    for column, image in enumerate(images):
+        canvas.paste(image, (column * width, 0))
+    return canvas
+
+
 def parameters_text(
     prompt: str,
     negative_prompt: str = "",
     *,
     steps: int,
     sampler: str,
-    guidance_scale: float,
+    guidance_scale: float | Mapping[str, float],
     seed: int,
     size: tuple[int, int],
     model: str,
+    extra: Mapping[str, object] | None = None,
 ) -> str:
-    """How a picture was made, as AUTOMATIC1111's web UI writes it and many tools read it; `size` is (width, height)."""
+    """How a picture was made, as AUTOMATIC1111's web UI writes it and many tools read it; `size` is (width, height).
+
+    `extra` comes after the model, under its names there if it has any: "Denoising strength", "Mask blur", ... Of
+    several guidance scales CFG scale is that of the text, and Guidance names them all.
+    """
     negative = f"\nNegative prompt: {negative_prompt}" if negative_prompt else ""
-    return (
-        f"{prompt}{negative}\nSteps: {steps}, Sampler: {sampler}, CFG scale: {guidance_scale:g}, Seed: {seed}, "
-        f"Size: {size[0]}x{size[1]}, Model: {model}"
-    )
+    named = guidance_scale if isinstance(guidance_scale, Mapping) else {}
+    facts: dict[str, object] = {
+        "Steps": steps,
+        "Sampler": sampler,
+        "CFG scale": guidance_scale if not isinstance(guidance_scale, Mapping) else named.get("text", 1.0),
+        "Seed": seed,
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": model,
+    }
+    if named:
+        facts["Guidance"] = ", ".join(f"{name}={scale:g}" for name, scale in named.items())
+    facts |= extra or {}
+    return f"{prompt}{negative}\n" + ", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items())
+
+
+def _quoted(value: object) -> str:
+    """Text that holds a separator in quotes, as the web UI does, so that it can be read back."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:"\n') else text
 
 
 def save_png(image: Image.Image, path: str | Path, parameters: str | None = None) -> None:
-    """Write a PNG whole or not at all; `parameters` goes into the text chunk of that name.
-
-    The file is written beside its final name, synced and renamed. Raises UserError if the folder is missing or full.
-    """
-    path = Path(path)
+    """Write a PNG whole or not at all; `parameters` goes into the text chunk of that name. Raises UserError."""
     information = PngInfo()
     if parameters is not None:
         information.add_text("parameters", parameters)
+    with _whole_file(Path(path)) as file:
+        image.save(file, format="PNG", pnginfo=information)
+
+
+def save_animation(
+    images: Sequence[Image.Image],
+    path: str | Path,
+    kind: Literal["gif", "webp"],
+    frames_per_second: float,
+    parameters: str = "",
+) -> None:
+    """Write RGB pictures of one size as an animation that repeats for ever, whole or not at all.
+
+    WebP keeps every pixel; a GIF has 256 colours a frame and times in hundredths of a second. `parameters` goes into
+    the GIF's comment and the WebP's EXIF user comment. Raises UserError if it cannot be written.
+    """
+    milliseconds = round(1000 / frames_per_second)
+    if kind == "gif":
+        frames = [image.quantize() for image in images]
+        options: dict[str, object] = {"comment": parameters.encode(), "optimize": False}
+    else:
+        frames, exif = list(images), Image.Exif()
+        exif.get_ifd(EXIF_DETAILS)[EXIF_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
+        options = {"lossless": True, "exif": exif}
+    with _whole_file(Path(path)) as file:
+        frames[0].save(
+            file,
+            format=kind.upper(),
+            save_all=True,
+            append_images=frames[1:],
+            duration=milliseconds,
+            loop=0,
+            **options,
+        )
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which lies beside `path` until it is synced and renamed. Raises UserError if the disk fails."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with partial.open("wb") as file:
-            image.save(file, format="PNG", pnginfo=information)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -16,24 +16,34 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from safetensors import SafetensorError
 
 from autoencoder.model import Autoencoder, latent_channels, load_autoencoder
+from conditioning.label import LabelEncoder
+from conditioning.semantic import SemanticEncoder
 from conditioning.text import TextEncoder
 from ldm.errors import UserError, user_input
+from ldm.growing import SpatialLayout
 from ldm.sampling import make_scheduler, noise_config_of
+from ldm.unet import class_embedding_width_of, spatial_channels_of
 
 OUR_CLASS = "LatentDiffusionPipeline"
 DIFFUSERS_CLASS = "StableDiffusionPipeline"
-HUB_FILES = ["model_index.json", "vae/*", "unet/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
+DIFFUSERS_INPAINT_CLASS = "StableDiffusionInpaintPipeline"
+KNOWN_CLASSES = (DIFFUSERS_CLASS, DIFFUSERS_INPAINT_CLASS, OUR_CLASS)
+OUR_ENCODERS = {"semantic_encoder": SemanticEncoder, "label_encoder": LabelEncoder}
+HUB_FOLDERS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler", *OUR_ENCODERS)
+HUB_FILES = ["model_index.json", *(f"{folder}/*" for folder in HUB_FOLDERS)]
 HUB_FILES_NOT = ["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.fp16.*", "*.non_ema.*"]
 
 
 @dataclass(frozen=True)
 class Components:
-    """What a pipeline is made of; a `text_encoder` of None means that the model is unconditional."""
+    """What a pipeline is made of; an encoder that is None belongs to a condition that the model does not take."""
 
     vae: Autoencoder
-    text_encoder: TextEncoder | None
     unet: UNet2DConditionModel
     noise_scheduler: SchedulerMixin
+    text_encoder: TextEncoder | None = None
+    semantic_encoder: SemanticEncoder | None = None
+    label_encoder: LabelEncoder | None = None
 
 
 def find_folder(path: str | Path) -> Path:
@@ -64,12 +74,12 @@ def find_folder(path: str | Path) -> Path:
 def read_components(folder: Path) -> Components:
     """Open every part of the pipeline in `folder`, from safetensors only and with no network.
 
-    Raises UserError for another kind of pipeline, a missing or broken file, and a U-Net that wants further inputs.
+    Raises UserError for another kind of pipeline, a missing or broken file, and parts that do not fit together.
     """
     index = _read_json(folder / "model_index.json")
     kind = index.get("_class_name")
-    if kind not in (DIFFUSERS_CLASS, OUR_CLASS):
-        raise UserError(f"{folder}: found a {kind}; allowed is {DIFFUSERS_CLASS} or {OUR_CLASS}")
+    if kind not in KNOWN_CLASSES:
+        raise UserError(f"{folder}: found a {kind}; allowed is {', '.join(KNOWN_CLASSES)}")
     encoder = (index.get("text_encoder") or [None, None])[1]
     if encoder not in ("CLIPTextModel", None):
         raise UserError(f"{folder}: found text encoder {encoder}; allowed is CLIPTextModel")
@@ -82,21 +92,40 @@ def read_components(folder: Path) -> Components:
         if report["missing_keys"]:  # diffusers would leave them at random values and only warn
             raise ValueError(f"unet: {len(report['missing_keys'])} weights are missing from the file; save it again")
         noise_scheduler = _read_scheduler(folder / "scheduler")
-    found, expected = unet.config.in_channels, latent_channels(vae)
-    if found != expected:
+        semantic_encoder = SemanticEncoder.from_pretrained(folder) if index.get("semantic_encoder") else None
+        label_encoder = LabelEncoder.from_pretrained(folder) if index.get("label_encoder") else None
+    components = Components(vae, unet, noise_scheduler, text_encoder, semantic_encoder, label_encoder)
+    _check_inputs(components, folder)
+    return components
+
+
+def _check_inputs(components: Components, folder: Path) -> None:
+    """Raise UserError unless the U-Net takes just what the other parts give: latents, mask, map, label."""
+    unet, latents = components.unet, latent_channels(components.vae)
+    semantic = components.semantic_encoder.channels if components.semantic_encoder is not None else 0
+    allowed = [layout.channels(latents) for layout in (SpatialLayout(False, semantic), SpatialLayout(True, semantic))]
+    found = spatial_channels_of(unet)
+    if unet.config.out_channels != latents or found not in allowed:
         raise UserError(
-            f"{folder}: found a U-Net of {found} input channels; allowed is {expected}, the autoencoder's latents; "
-            "models with masks or semantic maps cannot be opened yet"
+            f"{folder}: found a U-Net of {unet.config.in_channels} input, {unet.config.out_channels} output channels; "
+            f"allowed is {latents + allowed[0]} (latents, {semantic} of a map) or {latents + allowed[1]} (a mask and "
+            f"masked latents too), and {latents}; check that its parts belong together"
         )
-    return Components(vae, text_encoder, unet, noise_scheduler)
+    width = components.label_encoder.width if components.label_encoder is not None else None
+    if class_embedding_width_of(unet) != width:
+        raise UserError(
+            f"{folder}: found a U-Net whose class embedding is {class_embedding_width_of(unet)} wide; the folder's "
+            f"label encoder gives {width}; check that its parts belong together"
+        )
 
 
 def write_components(components: Components, folder: str | Path) -> None:
     """Save the parts to `folder` whole or not at all; an older pipeline there is replaced.
 
     A flow model whose scheduler diffusers' Stable Diffusion pipeline cannot run (the flow matching classes) is saved
-    with DPM-Solver++, which it can. A VQ autoencoder and a missing text encoder are beyond that pipeline altogether:
-    such a folder names our own class. Raises UserError if `folder` holds something else or cannot be written.
+    with DPM-Solver++, which it can. A VQ autoencoder and a missing text encoder are beyond that pipeline altogether,
+    as are maps and labels: such a folder names our own class. Raises UserError if `folder` holds something else
+    or cannot be written.
     """
     folder = Path(folder).resolve()
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
@@ -111,17 +140,20 @@ def write_components(components: Components, folder: str | Path) -> None:
         components.vae.save_pretrained(partial / "vae", safe_serialization=True)
         unet.save_pretrained(partial / "unet", safe_serialization=True)
         scheduler.save_pretrained(partial / "scheduler")
-        if components.text_encoder is not None:
-            components.text_encoder.save_pretrained(partial)
+        for encoder in (components.text_encoder, components.semantic_encoder, components.label_encoder):
+            if encoder is not None:
+                encoder.save_pretrained(partial)
         index = json.dumps(_model_index(components, scheduler), indent=2) + "\n"
         (partial / "model_index.json").write_text(index, encoding="utf-8")
 
 
 def _model_index(components: Components, scheduler: SchedulerMixin) -> dict[str, Any]:
     text = components.text_encoder is not None
-    runs_in_diffusers = text and isinstance(components.vae, AutoencoderKL)
-    return {
-        "_class_name": DIFFUSERS_CLASS if runs_in_diffusers else OUR_CLASS,
+    ours = {name: [kind.__module__, kind.__name__] for name, kind in OUR_ENCODERS.items() if getattr(components, name)}
+    runs_in_diffusers = text and isinstance(components.vae, AutoencoderKL) and not ours
+    diffusers_class = DIFFUSERS_INPAINT_CLASS if spatial_channels_of(components.unet) else DIFFUSERS_CLASS
+    return ours | {
+        "_class_name": diffusers_class if runs_in_diffusers else OUR_CLASS,
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],

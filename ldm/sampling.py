@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -155,17 +156,58 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: t
     return scheduler.timesteps
 
 
+def starting_step(num_inference_steps: int, strength: float) -> int:
+    """How many of the steps `strength` in (0, 1] leaves out: 1 takes them all, 0.3 the last 30 % (as in diffusers).
+
+    Raises UserError when none would be left.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"strength: found {strength}; allowed is above 0 up to 1; 0.5 keeps the outlines, 1 nothing")
+    taken = min(int(num_inference_steps * strength + 1e-9), num_inference_steps)
+    if taken == 0:
+        raise UserError(
+            f"strength: found {strength} with {num_inference_steps} steps, which leaves none; "
+            f"allowed is {1 / num_inference_steps:.3g} or more; raise the strength or the steps"
+        )
+    return num_inference_steps - taken
+
+
+def noised(noise_scheduler: SchedulerMixin, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """x_t of x_0 `latents` [B, C, h, w] at a timestep of the prepared scheduler, in that scheduler's own scaling."""
+    timesteps = timestep.expand(len(latents))
+    if hasattr(noise_scheduler, "scale_noise"):  # the flow matching classes
+        return noise_scheduler.scale_noise(latents, timesteps, noise)
+    return noise_scheduler.add_noise(latents, noise, timesteps)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the result: image-to-image starts from it, blending keeps it outside the mask.
+
+    Attributes:
+        latents: x_0 of the given picture, [B, C, h, w], as the U-Net sees latents.
+        strength: the share of the steps that is taken, (0, 1]; 1 starts from noise alone.
+        mask: [B, 1, h, w]; where it is 0 every step ends at the known latents, noised (arXiv 2201.09865, eq. 8, without
+            its resampling). None keeps nothing.
+    """
+
+    latents: Tensor
+    strength: float = 1.0
+    mask: Tensor | None = None
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
     noise_scheduler: SchedulerMixin,
-    latents: Tensor,
+    noise: Tensor,
     conditions: Conditions,
     num_inference_steps: int,
     generators: Sequence[torch.Generator] | torch.Generator,
     callback: StepCallback | None = None,
+    known: Known | None = None,
 ) -> Tensor:
-    """Denoise standard normal `latents` [B, C, h, w] in `num_inference_steps` steps; returns x_0, float32.
+    """Denoise standard normal `noise` [B, C, h, w] in `num_inference_steps` steps; returns x_0, float32.
 
     `denoiser(latents, timesteps [B], conditions)` returns what the network predicts; guidance, if any, is in it.
     `generators` (one an image, on the CPU) draw the noise of stochastic schedulers, so that an image does not depend
@@ -176,18 +218,39 @@ def sample(
     diffusers' DDIM leaves the noise of timestep 0 in the result (sigma 0.006 with the cosine schedule, 0.03 with Stable
     Diffusion's) when T / steps rounds upwards, as with 15 or 60 of 1000; 10, 20, 25, 30, 40, 50 and 100 are exact.
     """
-    timesteps = set_timesteps(noise_scheduler, num_inference_steps, latents.device)
+    timesteps = set_timesteps(noise_scheduler, num_inference_steps, noise.device)
+    skipped = 0
+    if known is not None:
+        skipped = starting_step(num_inference_steps, known.strength) * getattr(noise_scheduler, "order", 1)
+        timesteps = timesteps[skipped:]
+        if hasattr(noise_scheduler, "set_begin_index"):
+            noise_scheduler.set_begin_index(skipped)
+    if known is None or skipped == 0:
+        latents = noise.float() * getattr(noise_scheduler, "init_noise_sigma", 1.0)  # flow's schedulers have none
+    else:
+        latents = noised(noise_scheduler, known.latents.float(), noise.float(), timesteps[:1])
     options: dict[str, Any] = {"generator": generators} if _takes(noise_scheduler.step, "generator") else {}
-    latents = latents.float() * getattr(noise_scheduler, "init_noise_sigma", 1.0)  # flow's schedulers have none
     scale = getattr(noise_scheduler, "scale_model_input", lambda sample, timestep: sample)
     for step, t in enumerate(timesteps):
         inputs = scale(latents, t)
         output = denoiser(inputs, t.expand(len(latents)), conditions).float()  # [B, C, h, w]
         latents = noise_scheduler.step(output, t, latents, return_dict=False, **options)[0]
+        if known is not None and known.mask is not None:
+            latents = _blended(noise_scheduler, latents, known, known.mask, noise, timesteps[step + 1 : step + 2])
         if callback is not None:
             changed = callback(step, t, latents)
             latents = latents if changed is None else changed
     return latents
+
+
+def _blended(
+    scheduler: SchedulerMixin, latents: Tensor, known: Known, mask: Tensor, noise: Tensor, following: Tensor
+) -> Tensor:
+    """`latents` inside the mask, the known ones outside, as noisy as the `following` timestep (none: the end)."""
+    kept = known.latents.float()
+    if len(following):
+        kept = noised(scheduler, kept, noise.float(), following)
+    return torch.where(mask > 0, latents, kept)
 
 
 def _takes(function: Callable[..., Any], parameter: str) -> bool:

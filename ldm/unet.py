@@ -101,24 +101,34 @@ def build_unet(
     that of `Conditions.class_embedding`. The saved config is plain diffusers'. Raises UserError when a pretrained
     network does not fit, or xformers is asked for and missing.
     """
-    with user_input("unet"):
-        if config.pretrained is not None:
-            unet = _load(config.pretrained)
-        else:
-            unet = UNet2DConditionModel(
-                sample_size=sample_size,
-                in_channels=latent_channels + spatial_channels,
-                out_channels=latent_channels,
-                **_architecture(config, context_width, class_embedding_width),
-            )
     if config.pretrained is not None:
-        _check_fit(unet, latent_channels, spatial_channels, context_width, class_embedding_width)
-        unet.register_to_config(sample_size=sample_size)  # the size that it draws unasked is the one trained last
-        unet.train()
+        unet = load_unet(config.pretrained, sample_size)
+        check_fit(unet, latent_channels, spatial_channels, context_width, class_embedding_width)
+        return prepare_unet(unet, config)
+    with user_input("unet"):
+        unet = UNet2DConditionModel(
+            sample_size=sample_size,
+            in_channels=latent_channels + spatial_channels,
+            out_channels=latent_channels,
+            **_architecture(config, context_width, class_embedding_width),
+        )
+    return prepare_unet(unet, config)
+
+
+def prepare_unet(unet: UNet2DConditionModel, config: UNetConfig) -> UNet2DConditionModel:
+    """Set what of `config` is no architecture: gradient checkpointing and the attention kernel; returns `unet`."""
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     set_attention(unet, config.attention_backend)
     return unet
+
+
+def load_unet(name: str, sample_size: int) -> UNet2DConditionModel:
+    """The U-Net of a folder or hub id, in training mode, to draw latents of `sample_size` unasked. Raises UserError."""
+    with user_input("unet"):
+        unet = _load(name)
+    unet.register_to_config(sample_size=sample_size)  # the size that it draws unasked is the one trained last
+    return unet.train()
 
 
 def _load(name: str) -> UNet2DConditionModel:
@@ -159,13 +169,14 @@ def _architecture(config: UNetConfig, context_width: int | None, class_width: in
     return architecture
 
 
-def _check_fit(
+def check_fit(
     unet: UNet2DConditionModel,
     latent_channels: int,
     spatial_channels: int,
     context: int | None,
     class_width: int | None,
 ) -> None:
+    """Raise UserError unless the network takes these widths and no other condition."""
     wanted = (latent_channels, spatial_channels, context, class_width)
     found = (
         unet.config.out_channels,

@@ -1,4 +1,4 @@
-"""Check a folder of images before training on it, or write the built-in scenes to disk as such a folder."""
+"""Check a folder of images before training on it, write the built-in scenes as such a folder, import semantic maps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _EXAMPLES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommands `check` and `scenes`."""
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="check|scenes")
+    """The subcommands `check`, `scenes` and `maps`."""
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="check|scenes|maps")
     check = commands.add_parser("check", help="list every image that cannot be used, with the reason")
     check.description = "Exit code 0: all can be used; 1: some cannot; 2: the folder as a whole cannot."
     check.add_argument("root", metavar="ROOT", help="folder with metadata.jsonl|csv, class subfolders, or just images")
@@ -39,10 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scenes.add_argument("--split", choices=("train", "held_out"), default="train", help="held_out: never in train")
     scenes.add_argument("--max-objects", type=int, default=1, metavar="M", help="objects a scene, 1 to 3 (default 1)")
 
+    maps = commands.add_parser("maps", help="convert colour-coded semantic maps to index PNGs")
+    maps.description = (
+        "Every colour of every map is checked first; if one is not in FILE, all such are listed: exit code 2."
+    )
+    maps.add_argument("maps", type=Path, metavar="IN", help="folder with colour-coded maps; subfolders are kept")
+    maps.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
+    maps.add_argument(
+        "--classes", type=Path, required=True, metavar="FILE", help="a class a line: [index] name #rrggbb, or r g b"
+    )
+
 
 def run(args: argparse.Namespace) -> int | None:
     """Run the chosen subcommand. Returns the exit code."""
-    return run_check(args) if args.data_command == "check" else run_scenes(args)
+    commands = {"check": run_check, "scenes": run_scenes, "maps": run_maps}
+    return commands[args.data_command](args)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -82,6 +93,21 @@ def run_scenes(args: argparse.Namespace) -> int:
         )
         write_scenes(config, args.resolution, args.out, args.count)
     print(f"{args.out}: {args.count} images of {args.resolution} px; train with data.root={args.out}")
+    return 0
+
+
+def run_maps(args: argparse.Namespace) -> int:
+    """`ldm data maps`: stray colours and broken files on stdout, progress on stderr."""
+    from tqdm import tqdm
+
+    from ldm.data.maps import convert_maps
+
+    def show(problem: str) -> None:
+        tqdm.write(_printable(problem), file=sys.stdout)
+
+    with user_input(f"{args.out}: cannot be written", OSError):
+        count = convert_maps(args.maps, args.out, args.classes, on_problem=show)
+    print(f'{args.out}: {count} index maps; name each in the column "semantic" of the metadata file')
     return 0
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ldm.data.sample import BadSample, Sample, Source
+from ldm.data.loader import Item, Wanted, collate, make_item
+from ldm.data.sample import BadSample, Batch, Sample, Source
 from ldm.data.sources import DataConfig
 from ldm.data.transforms import transform
 from ldm.errors import UserError
+from ldm.randomness import generator_for
 
 
 def spread_indices(length: int, count: int) -> list[int]:
@@ -52,14 +55,31 @@ def fixed_images(source: Source, config: DataConfig, count: int, batch_size: int
         yield torch.stack(batch)
 
 
-def distinct_captions(source: Source, count: int) -> Sequence[str]:
-    """The first caption of samples spread over the source, each text once, at most `count`."""
-    captions: dict[str, None] = {}
-    for index in spread_indices(len(source), 64 * count):
-        try:
-            captions.setdefault(source.read(index, with_image=False).captions[0])
-        except BadSample:
-            continue
-        if len(captions) == count:
-            break
-    return list(captions)
+def fixed_batches(
+    source: Source,
+    config: DataConfig,
+    count: int,
+    batch_size: int,
+    wanted: Wanted,
+    seed: int,
+    label_names: Sequence[str] = (),
+) -> Iterator[Batch]:
+    """Batches of `fixed_samples` with the conditions that `wanted` names; the masks are drawn for (seed, position).
+
+    Labels are numbered as in `label_names`, the training's, by name: this source may hold others, or in another order.
+    """
+    items: list[Item] = []
+    positions = range(0)
+    for position, (sample, _) in enumerate(fixed_samples(source, config, count)):
+        tensors = transform(sample, config, None)
+        if sample.label is not None and label_names:
+            name = source.classes[sample.label]
+            sample = replace(sample, label=label_names.index(name) if name in label_names else None)
+        generator = generator_for(seed, "fixed mask", position)
+        items.append(make_item(sample, sample.captions[0], tensors, config.resolution, None, wanted, generator))
+        positions = range(positions.start, position + 1)
+        if len(items) == batch_size:
+            yield collate(items, positions)
+            items, positions = [], range(position + 1, position + 1)
+    if items:
+        yield collate(items, positions)

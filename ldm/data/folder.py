@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from conditioning.class_file import read_classes
 from ldm.data.folder_index import ScannedEntries
 from ldm.data.images import open_image, open_mask, open_semantic
 from ldm.data.metadata import METADATA_NAMES, MetadataEntries, OnProblem, Row, stop_at_problem
@@ -19,7 +20,7 @@ from ldm.data.sample import UNKNOWN_CLASS, BadSample, Sample
 from ldm.errors import UserError, user_input
 
 CLASSES_NAME = "classes.txt"
-"""Names of the classes of the semantic maps, one a line: line i (from 0) names class i."""
+"""The class file of the semantic maps, see conditioning/class_file.py."""
 _MOST_CLASSES = 1_000_000
 _OTHER_CAPTION_COLUMNS = ("caption", "captions", "prompt")
 
@@ -172,7 +173,4 @@ def _semantic_classes(root: Path) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     with user_input(str(path)):
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    if len(names) > UNKNOWN_CLASS:
-        raise UserError(f"{path}: {len(names)} classes; at most {UNKNOWN_CLASS} are allowed, 255 is unknown")
-    return names
+        return read_classes(path)

@@ -42,7 +42,7 @@ def open_image(file: str | Path | bytes, *, key: str | None = None) -> Image.Ima
 def open_semantic(file: str | Path | bytes, *, key: str | None = None) -> Image.Image:
     """The index map in `file`: mode L, values = palette indices or grey values. Raises `BadSample`."""
     with _readable(file, key):
-        image = _load(file)
+        image, bits = _load_with_bits(file)
         if image.mode == "P":
             return Image.fromarray(np.asarray(image, dtype=np.uint8))
         if image.mode == "1":
@@ -53,7 +53,7 @@ def open_semantic(file: str | Path | bytes, *, key: str | None = None) -> Image.
                 raise ValueError(f"a semantic map with class {values.max()}: classes are 0 to 254, and 255 is unknown")
             return Image.fromarray(values.astype(np.uint8))
         if image.mode == "L":
-            return image
+            return image if bits is None else Image.fromarray(np.asarray(image) // (255 // (2**bits - 1)))
         raise ValueError(f"a semantic map must hold class indices (palette or grey); its pixels are {image.mode}")
 
 
@@ -97,9 +97,15 @@ def _readable(file: str | Path | bytes, key: str | None) -> Iterator[None]:
 
 def _load(file: str | Path | bytes) -> Image.Image:
     """First frame, decoded, turned as EXIF says."""
+    return _load_with_bits(file)[0]
+
+
+def _load_with_bits(file: str | Path | bytes) -> tuple[Image.Image, int | None]:
+    """The same, and 2 or 4 for grey of so few bits, which Pillow stretches to 0-255; else None."""
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+        bits = {"L;2": 2, "L;4": 4}.get(str(image.tile[0].args) if image.tile else "")
         image.load()
-        return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image), bits
 
 
 def _to_rgb(image: Image.Image, background: int = 255) -> Image.Image:

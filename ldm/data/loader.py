@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from conditioning.inpainting import InpaintingConfig, draw_mask
 from ldm.data.order import replacement_for, sample_at
 from ldm.data.quarantine import Quarantine as Quarantine
-from ldm.data.sample import BadSample, Batch, Source
+from ldm.data.sample import UNKNOWN_CLASS, UNKNOWN_LABEL, BadSample, Batch, Sample, Source
 from ldm.data.sources import DataConfig
 from ldm.data.transforms import Transformed, apply_geometry, draw_geometry
 from ldm.errors import UserError
@@ -37,7 +38,7 @@ class LatentReader(Protocol):
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One place of a batch, filled."""
 
     key: str
@@ -48,6 +49,21 @@ class _Item:
     bad: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the conditions of a model need of every sample, beside latents and caption."""
+
+    masks: InpaintingConfig | None = None
+    """Draw a mask where the sample has none of its own, and read the image, also beside cached latents."""
+    semantic_classes: int | None = None
+    """Number of classes; a map with another one makes its sample unusable. A sample without a map is all unknown."""
+    label_classes: int | None = None
+    """The same for the label; a sample without one has -1."""
+
+
+NOTHING = Wanted()
+
+
 class TrainingBatches:
     """The micro-batches of one rank from `start_step` up to, not including, `end_step`; `accumulation` of them a step.
 
@@ -56,7 +72,8 @@ class TrainingBatches:
     Each sample's crop, flip and caption depend on (seed, epoch, index) alone.
 
     A sample that cannot be used is replaced by one chosen from (seed, epoch, index) and reported in `Batch.bad`.
-    With a `reader`, moments are read instead of images. Raises `UserError` for sizes that do not fit.
+    With a `reader`, moments are read instead of images, or beside them if `wanted` needs both. Raises `UserError` for
+    sizes that do not fit.
 
     One iteration runs through all steps, so its workers live as long as the run; they end with it.
     """
@@ -75,6 +92,7 @@ class TrainingBatches:
         world_size: int = 1,
         workers: int = 0,
         reader: LatentReader | None = None,
+        wanted: Wanted = NOTHING,
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
@@ -86,7 +104,7 @@ class TrainingBatches:
             )
         if reader is not None:
             _check_reader(reader, config)
-        micro_batches = _MicroBatches(source, config, batch_size, accumulation, seed, rank, world_size, reader)
+        micro_batches = _MicroBatches(source, config, batch_size, accumulation, seed, rank, world_size, reader, wanted)
         self._micro_steps = range(start_step * accumulation, max(start_step, end_step) * accumulation)
         self._loader = DataLoader(
             micro_batches,
@@ -123,6 +141,7 @@ class _MicroBatches(Dataset[Batch | UserError]):
     rank: int
     world_size: int
     reader: LatentReader | None
+    wanted: Wanted
 
     def __getitem__(self, micro_step: int) -> Batch | UserError:
         step, micro_batch = divmod(micro_step, self.accumulation)
@@ -130,11 +149,11 @@ class _MicroBatches(Dataset[Batch | UserError]):
         first = (micro_batch * self.world_size + self.rank) * size
         positions = range(first, first + size)
         try:
-            return _collate([self._item(step, position) for position in positions], positions)
+            return collate([self._item(step, position) for position in positions], positions)
         except UserError as error:
             return error
 
-    def _item(self, step: int, position: int) -> _Item:
+    def _item(self, step: int, position: int) -> Item:
         """The sample at `position`, or the first usable one of its stand-ins."""
         length = len(self.source)
         epoch, first = sample_at(step, position, self.batch_size, length, self.seed)
@@ -151,16 +170,49 @@ class _MicroBatches(Dataset[Batch | UserError]):
             "run `ldm data check` on the folder to list them all"
         )
 
-    def _load(self, epoch: int, index: int, bad: tuple[tuple[str, str], ...]) -> _Item:
+    def _load(self, epoch: int, index: int, bad: tuple[tuple[str, str], ...]) -> Item:
         geometry = draw_geometry(self.config, generator_for(self.seed, "transform", epoch, index))
-        sample = self.source.read(index, with_image=self.reader is None)
+        sample = self.source.read(index, with_image=self.reader is None or self.wanted.masks is not None)
         moments = None
         if self.reader is not None:
             mean, logvar = self.reader.read(index, geometry.flipped)
             moments = (torch.as_tensor(mean).float(), torch.as_tensor(logvar).float())  # [C, h, w] each
         caption = sample.captions[derive_seed(self.seed, "caption", epoch, index) % len(sample.captions)]
         tensors = apply_geometry(sample, self.config.resolution, geometry)
-        return _Item(sample.key, caption, sample.label, tensors, moments, bad)
+        mask_generator = generator_for(self.seed, "mask", epoch, index)
+        return make_item(sample, caption, tensors, self.config.resolution, moments, self.wanted, mask_generator, bad)
+
+
+def make_item(
+    sample: Sample,
+    caption: str,
+    tensors: Transformed,
+    side: int,
+    moments: tuple[Tensor, Tensor] | None,
+    wanted: Wanted,
+    mask_generator: torch.Generator,
+    bad: tuple[tuple[str, str], ...] = (),
+) -> Item:
+    """Check the parts that `wanted` asks for and fill in those that the sample lacks. Raises `BadSample`."""
+    semantic, mask, label = tensors.semantic, tensors.mask, sample.label
+    if wanted.semantic_classes is not None:
+        if semantic is None:
+            semantic = torch.full((side, side), UNKNOWN_CLASS)
+        known = semantic[semantic != UNKNOWN_CLASS]
+        _check_range(sample.key, "semantic map with class", known, wanted.semantic_classes)
+    if wanted.label_classes is not None:
+        if label is not None:
+            _check_range(sample.key, "label", torch.tensor([label]), wanted.label_classes)
+        label = UNKNOWN_LABEL if label is None else label
+    if wanted.masks is not None and mask is None:
+        mask = draw_mask(wanted.masks, side, side, mask_generator, semantic)  # [1, R, R]
+    return Item(sample.key, caption, label, Transformed(tensors.image, semantic, mask), moments, bad)
+
+
+def _check_range(key: str, what: str, found: Tensor, classes: int) -> None:
+    wrong = found[(found < 0) | (found >= classes)]
+    if len(wrong):
+        raise BadSample(key, f"{what} {int(wrong[0])}; allowed is 0 to {classes - 1}")
 
 
 def _check_reader(reader: LatentReader, config: DataConfig) -> None:
@@ -171,7 +223,9 @@ def _check_reader(reader: LatentReader, config: DataConfig) -> None:
         raise UserError("data.flip: found true with a latent cache made without flips; build the cache anew")
 
 
-def _collate(items: Sequence[_Item], positions: Sequence[int]) -> Batch:
+def collate(items: Sequence[Item], positions: Sequence[int]) -> Batch:
+    """Items to a batch. Raises `UserError` where some samples have a part that others lack."""
+
     def stack(name: str, parts: Sequence[Tensor | None]) -> Tensor | None:
         there = [part for part in parts if part is not None]
         if there and len(there) < len(items):

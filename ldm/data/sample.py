@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 UNKNOWN_CLASS = 255
 """The value of a semantic map's pixel that says nothing: "ignore", an "unknown" class of its own (DESIGN.md 3)."""
 
+UNKNOWN_LABEL = -1
+"""The label of a sample that has none, where the others have."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -84,7 +87,7 @@ class Batch:
     masks: Tensor | None = None
     """float32 [B, 1, H, W] in [0, 1], 1 = repaint."""
     labels: Tensor | None = None
-    """int64 [B]."""
+    """int64 [B], -1 = unknown."""
     moments: tuple[Tensor, Tensor] | None = None
     """Mean and log-variance of the cached posterior, each float32 [B, C, h, w]."""
     bad: tuple[tuple[str, str], ...] = ()

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.loader import LatentReader, TrainingBatches
+from ldm.data.loader import NOTHING, LatentReader, TrainingBatches, Wanted
 from ldm.data.quarantine import Quarantine
 from ldm.data.sample import Batch, Source
 from ldm.data.sources import DataConfig
@@ -97,7 +97,12 @@ class Stage(Protocol):
 
 
 def training_batches(
-    source: Source, data: DataConfig, config: TrainingConfig, run: Run, reader: LatentReader | None = None
+    source: Source,
+    data: DataConfig,
+    config: TrainingConfig,
+    run: Run,
+    reader: LatentReader | None = None,
+    wanted: Wanted = NOTHING,
 ) -> TrainingBatches:
     """This process's batches from where the run goes on. Raises `UserError` if they cannot be shared out evenly."""
     return TrainingBatches(
@@ -112,6 +117,7 @@ def training_batches(
         world_size=run.accelerator.num_processes,
         workers=config.workers,
         reader=reader,
+        wanted=wanted,
         pin_memory=run.accelerator.device.type == "cuda",
     )
 

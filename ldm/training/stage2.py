@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -12,49 +12,26 @@ from torch import Tensor, nn
 
 from autoencoder.latents import Moments, encode, to_unet
 from autoencoder.model import Autoencoder
-from conditioning.conditions import Conditions, dropped
-from conditioning.text import TextConfig, TextEncoder
-from ldm.data.fixed_batches import distinct_captions, fixed_samples
+from conditioning.encoders import ConditionEncoders, ConditionInputs
+from ldm.data.fixed_batches import fixed_batches
 from ldm.data.latent_cache import CacheConfig
 from ldm.data.sample import Batch, Source
 from ldm.data.sources import DataConfig
 from ldm.noise import NoiseConfig, NoiseSchedule, add_noise, training_target
 from ldm.objective import ObjectiveConfig, diffusion_loss, loss_weights, timesteps_from_uniforms
-from ldm.picture import grid
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.randomness import normal_for_each, uniform_for_each
 from ldm.sampling import make_scheduler
+from ldm.training.conditions import ConditionsConfig, condition_inputs, draw_losing, wanted_of
 from ldm.training.learner import Learner, OptimiserConfig
 from ldm.training.loop import FREE_TO_CHANGE, TrainingConfig, Validation
+from ldm.training.preview import PreviewConfig, draw_preview
 from ldm.training.run import Run, RuntimeConfig
 from ldm.unet import UNetConfig, denoise
 
 VALIDATION_STEP = -1
 """The step number of validation's random draws: training counts from 0."""
 VALIDATION_BATCH = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditionsConfig:
-    """What the U-Net is told besides the noisy latents and the timestep."""
-
-    text: TextConfig = field(default_factory=TextConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreviewConfig:
-    """Pictures drawn while training, from fixed prompts and seeds, and the validation loss."""
-
-    prompts: tuple[str, ...] = ()  # empty: `count` captions of the validation data
-    count: int = 8
-    num_inference_steps: int = 25
-    guidance_scale: float = 4.0
-    scheduler: str = "ddim"
-    loss_images: int = 64  # validation images whose loss is measured at fixed noise and timesteps; 0 = none
-
-    def __post_init__(self) -> None:
-        if self.count < 1 or self.num_inference_steps < 1 or self.loss_images < 0:
-            raise ValueError(f"count: found {self.count}; allowed is 1 or more, as for num_inference_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,32 +72,28 @@ class Stage2Config:
 
 
 class DiffusionStep(nn.Module):
-    """The whole loss in one forward, so that data parallelism sees the gradients of U-Net and text encoder alike."""
+    """The whole loss in one forward, so that data parallelism sees the gradients of U-Net and encoders alike."""
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        trained_text_encoder: TextEncoder | None,
+        encoders: ConditionEncoders,
         noise: NoiseConfig,
         objective: ObjectiveConfig,
         schedule: NoiseSchedule,
     ) -> None:
         super().__init__()
         self.unet = unet
-        self.text_encoder = trained_text_encoder
+        self.encoders = encoders
         self._noise_config, self._objective = noise, objective
         self._schedule = schedule
 
-    def forward(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditions: Conditions, tokens: Tensor | None
-    ) -> Tensor:
+    def forward(self, latents: Tensor, noise: Tensor, timesteps: Tensor, inputs: ConditionInputs) -> Tensor:
         """Loss of each sample, [B].
 
-        latents, noise: [B, C, h, w], latents as the U-Net sees them; timesteps [B]; tokens [B, L] where the text
-        encoder is trained with the U-Net, otherwise the text is in `conditions` already.
+        latents, noise: [B, C, h, w], latents as the U-Net sees them; timesteps [B].
         """
-        if self.text_encoder is not None:
-            conditions = Conditions(self.text_encoder(tokens), conditions.spatial, conditions.class_embedding)
+        conditions = self.encoders(inputs, *latents.shape[-2:])
         levels = self._schedule.levels(timesteps)
         noisy_latents = add_noise(latents, noise, levels)  # [B, C, h, w]
         output = denoise(self.unet, noisy_latents, timesteps, conditions)  # [B, C, h, w]
@@ -137,29 +110,23 @@ class DiffusionStage:
         config: Stage2Config,
         run: Run,
         autoencoder: Autoencoder,
-        text_encoder: TextEncoder | None,
+        encoders: ConditionEncoders,
         unet: UNet2DConditionModel,
         validation_source: Source,
     ) -> None:
         self.config, self.run = config, run
-        self.autoencoder, self.text_encoder, self.unet = autoencoder, text_encoder, unet
+        self.autoencoder, self.encoders, self.unet = autoencoder, encoders, unet
         self._validation_source = validation_source
-        self._trains_text = text_encoder is not None and config.conditions.text.train
-        device = run.accelerator.device
         if config.runtime.channels_last:
             unet.to(memory_format=torch.channels_last)
             autoencoder.to(memory_format=torch.channels_last)
-        for frozen in (autoencoder, None if self._trains_text else text_encoder):
-            if frozen is not None:
-                frozen.requires_grad_(False).eval().to(device)
+        autoencoder.requires_grad_(False).eval().to(run.accelerator.device)
         if config.compile:
             unet.compile()
-        schedule = NoiseSchedule.from_config(config.noise).to(device)
-        trained_text_encoder = text_encoder if self._trains_text else None
-        step = DiffusionStep(unet, trained_text_encoder, config.noise, config.objective, schedule)
+        schedule = NoiseSchedule.from_config(config.noise).to(run.accelerator.device)
         self.learner = Learner(
             "unet",
-            step,
+            DiffusionStep(unet, encoders, config.noise, config.objective, schedule),
             config.optimiser,
             run.accelerator,
             steps=config.training.steps,
@@ -172,19 +139,21 @@ class DiffusionStage:
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
         """Draw noise, timesteps and dropout for (seed, step, position) and add the gradient of the mean loss."""
-        losses = self._losses(self.learner.wrapped, batch, step, self.config.conditions.text.dropout)
-        loss = losses.mean()
+        losing = draw_losing(self.config.conditions.dropouts(), batch, self.run.seed, step)
+        loss = self._losses(self.learner.wrapped, batch, step, losing).mean()
         self.run.accelerator.backward(loss * share)
         return {"loss": loss.detach()}
 
-    def _losses(self, step_module: nn.Module, batch: Batch, step: int, text_dropout: float) -> Tensor:
+    def _losses(self, step_module: nn.Module, batch: Batch, step: int, losing: dict[str, Tensor]) -> Tensor:
         """Loss of each sample, [B]; all that is random is drawn for (seed, step, position)."""
         latents = self._latents(batch, step)  # [B, C, h, w]
         noise = self._normal(batch, latents.shape[1:], "noise", step)
         uniforms = uniform_for_each(batch.positions, self.run.seed, "timestep", step)
         timesteps = timesteps_from_uniforms(self.config.objective, self.config.noise, uniforms)
-        conditions, tokens = self._conditions(batch, step, text_dropout)
-        return step_module(latents, noise, self._on_device(timesteps), conditions, tokens)
+        with torch.no_grad():
+            inputs = condition_inputs(self.encoders, batch, self._encode, losing)
+        tokens = None if inputs.tokens is None else self._on_device(inputs.tokens)
+        return step_module(latents, noise, self._on_device(timesteps), replace(inputs, tokens=tokens))
 
     @torch.no_grad()
     def _latents(self, batch: Batch, step: int) -> Tensor:
@@ -198,60 +167,54 @@ class DiffusionStage:
         noise = self._normal(batch, moments.mean.shape[1:], "posterior", step)
         return to_unet(self.autoencoder, moments.sample(noise))
 
-    def _conditions(self, batch: Batch, step: int, text_dropout: float) -> tuple[Conditions, Tensor | None]:
-        """Text with dropout: a dropped caption is the empty one, as at generation without a prompt."""
-        if self.text_encoder is None:
-            return Conditions(), None
-        uniforms = uniform_for_each(batch.positions, self.run.seed, "dropout/text", step)
-        drop = dropped(text_dropout, uniforms).tolist()  # on the CPU: no host sync
-        captions = ["" if lost else caption for caption, lost in zip(batch.captions, drop, strict=True)]
-        tokens = self._on_device(self.text_encoder.tokenize(captions))  # [B, L]
-        if self._trains_text:
-            return Conditions(), tokens
-        with torch.no_grad(), self.run.accelerator.autocast():
-            return Conditions(context=self.text_encoder(tokens)), None
+    def _encode(self, images: Tensor) -> Tensor:
+        return to_unet(self.autoencoder, encode(self.autoencoder, images).mean)
 
     @torch.no_grad()
     def validate(self, step: int) -> Validation:
         """The loss on fixed images, noise and timesteps, and a grid of pictures, with the averaged weights."""
-        preview = self.config.preview
         numbers = {}
         with self.learner.averaged_weights():
-            if preview.loss_images:
+            if self.config.preview.loss_images:
                 numbers["loss"] = self._validation_loss()
-            pipeline = self.pipeline()
-            prompts = list(preview.prompts) or [""] * preview.count
-            if not preview.prompts and self.text_encoder is not None:
-                prompts = list(distinct_captions(self._validation_source, preview.count))
             with self.run.accelerator.autocast():
-                images = pipeline(
-                    prompts,
-                    num_inference_steps=preview.num_inference_steps,
-                    guidance_scale=preview.guidance_scale,
-                    scheduler=preview.scheduler if self.config.noise.prediction != "flow" else "euler",
-                    seed=self.run.seed,
-                ).images
-        return Validation(numbers, grid(list(images), captions=prompts))
+                picture = draw_preview(self.pipeline(), self.config.preview, self._preview_samples(), self.run.seed)
+        return Validation(numbers, picture)
+
+    def _preview_samples(self) -> Batch:
+        """What to draw: the given prompts alone, or the captions, maps and masks of validation samples."""
+        preview = self.config.preview
+        if preview.prompts:
+            prompts = preview.prompts
+            return Batch(prompts, tuple(range(len(prompts))), prompts)
+        return next(iter(self._validation_batches(preview.count, preview.count)))
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The model as it is now, around the very networks that are being trained."""
         scheduler = make_scheduler("euler" if self.config.noise.prediction == "flow" else "ddim", self.config.noise)
-        return LatentDiffusionPipeline(self.autoencoder, self.text_encoder, self.unet, scheduler, name=self.config.out)
+        return LatentDiffusionPipeline(
+            self.autoencoder,
+            self.encoders.text,
+            self.unet,
+            scheduler,
+            semantic_encoder=self.encoders.semantic,
+            label_encoder=self.encoders.label,
+            name=self.config.out,
+        )
+
+    def _validation_batches(self, count: int, batch_size: int) -> Iterator[Batch]:
+        data = self.config.validation_data or self.config.data
+        wanted = wanted_of(self.config.conditions, self.encoders)
+        names = self.encoders.label.classes if self.encoders.label is not None else ()
+        batches = fixed_batches(self._validation_source, data, count, batch_size, wanted, self.run.seed, names)
+        return (batch.to(self.run.accelerator.device) for batch in batches)
 
     def _validation_loss(self) -> float:
-        """Mean over `loss_images` images, each at its own fixed timestep; no caption is dropped."""
-        data = self.config.validation_data or self.config.data
-        samples = list(fixed_samples(self._validation_source, data, self.config.preview.loss_images))
+        """Mean over `loss_images` images, each at its own fixed timestep; no condition is dropped."""
         losses = []
-        for first in range(0, len(samples), VALIDATION_BATCH):
-            part = samples[first : first + VALIDATION_BATCH]
-            batch = Batch(
-                keys=tuple(sample.key for sample, _ in part),
-                positions=tuple(range(first, first + len(part))),
-                captions=tuple(sample.captions[0] for sample, _ in part),
-                images=torch.stack([image for _, image in part]),
-            ).to(self.run.accelerator.device)
-            losses.append(self._losses(self.learner.module, batch, VALIDATION_STEP, text_dropout=0.0))
+        for batch in self._validation_batches(self.config.preview.loss_images, VALIDATION_BATCH):
+            losing = {name: torch.zeros(len(batch), dtype=torch.bool) for name in self.config.conditions.dropouts()}
+            losses.append(self._losses(self.learner.module, batch, VALIDATION_STEP, losing))
         return torch.cat(losses).mean().item()
 
     def _normal(self, batch: Batch, shape: Sequence[int], name: str, step: int) -> Tensor:

@@ -10,7 +10,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from autoencoder.model import Autoencoder, AutoencoderConfig, build_autoencoder
+from conditioning.label import LabelEncoder
+from conditioning.semantic import SemanticEncoder
 from conditioning.text import TextConfig, build_text_encoder
+from ldm.growing import SpatialLayout
 from ldm.noise import NoiseConfig
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import make_scheduler
@@ -23,8 +26,13 @@ def build_pipeline(
     *,
     kind: Literal["kl", "vq"] = "kl",
     text: bool = True,
+    inpainting: bool = False,
+    semantic: bool = False,
+    label: bool = False,
 ) -> LatentDiffusionPipeline:
     """16 x 16 latents of 32 px images (downsampling 2), a one-layer text tower, a two-level U-Net.
+
+    Further conditions on wish: three classes of maps, two labels.
 
     Fresh networks give tiny outputs and hardly read the text, so the last layers are scaled to predictions of standard
     deviation 1 and images of 0.5, about what trained ones give, and cross-attention is made to count.
@@ -40,11 +48,23 @@ def build_pipeline(
         unet = build_unet(
             UNetConfig(channels=(16, 32), layers_per_block=1, attention=(False, True), heads=2, norm_groups=8),
             latent_channels=4,
+            spatial_channels=SpatialLayout(inpainting, 5 if semantic else 0).channels(4),
             context_width=16 if text else None,
             sample_size=16,
+            class_embedding_width=6 if label else None,
         )
+        semantic_encoder = SemanticEncoder(("background", "circle", "square"), 5) if semantic else None
+        label_encoder = LabelEncoder(("cat", "dog"), 6) if label else None
         _scale(vae, unet, 16 if text else None)
-    pipeline = LatentDiffusionPipeline(vae, encoder, unet, make_scheduler(scheduler, noise_config), name="tiny")
+    pipeline = LatentDiffusionPipeline(
+        vae,
+        encoder,
+        unet,
+        make_scheduler(scheduler, noise_config),
+        semantic_encoder=semantic_encoder,
+        label_encoder=label_encoder,
+        name="tiny",
+    )
     return pipeline.to("cpu", torch.float32)
 
 
@@ -53,11 +73,12 @@ def _scale(vae: Autoencoder, unet: UNet2DConditionModel, width: int | None) -> N
     for name, parameter in unet.named_parameters():
         if "attn2.to_out.0.weight" in name:
             parameter *= 5
-    latents, timesteps = torch.randn(8, 4, 16, 16), torch.arange(8) * 125
+    latents, timesteps = torch.randn(8, unet.config.in_channels, 16, 16), torch.arange(8) * 125
     context = None if width is None else torch.randn(8, 16, width)
+    labels = torch.randn(8, 6) if unet.config.class_embed_type else None
     for last, outputs, wanted in (
-        (unet.conv_out, unet(latents, timesteps, encoder_hidden_states=context).sample, 1.0),
-        (vae.decoder.conv_out, vae.decode(latents).sample, 0.5),
+        (unet.conv_out, unet(latents, timesteps, context, class_labels=labels).sample, 1.0),
+        (vae.decoder.conv_out, vae.decode(latents[:, :4]).sample, 0.5),
     ):
         last.weight *= wanted / outputs.std()
         last.bias *= wanted / outputs.std()
@@ -73,3 +94,9 @@ def make_pipeline() -> Callable[..., LatentDiffusionPipeline]:
 def tiny_pipeline() -> LatentDiffusionPipeline:
     """A v-prediction model with the cosine schedule. Shared: do not change it."""
     return build_pipeline(NoiseConfig())
+
+
+@pytest.fixture(scope="session")
+def conditioned_pipeline() -> LatentDiffusionPipeline:
+    """The same with masks, maps and labels too. Shared: do not change it."""
+    return build_pipeline(NoiseConfig(), inpainting=True, semantic=True, label=True)

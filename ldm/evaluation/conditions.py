@@ -1,0 +1,578 @@
+"""Does a model obey each of its conditions, alone and together? Measured on held-out scenes by the exact scorer.
+
+Every rate is a mean over tasks and stands beside its baseline, measured by shuffling the answers: the same rate when
+each task is judged by the picture drawn for the next task. Who ignores a condition does no better than that. The rates
+called "followed" change one condition and nothing else, the seed included, and count the tasks in which both pictures
+show what each was told: who ignores the condition draws the same picture twice and scores 0. Where a prompt gives away
+what the map shows, the map's baseline is the picture drawn with that prompt and seed for another map.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from ldm.data.scene_rendering import PALETTE, Scene, SceneObject, caption, render_image, render_semantic
+from ldm.data.scenes import GAP, ScenesConfig, _place, is_held_out, scene_at
+from ldm.errors import UserError, user_input
+from ldm.evaluation.maps import check_shapes, map_picture, mean_iou, recover_map
+from ldm.evaluation.scenes import NOTHING, Array, _find_shapes, _pixels, find_background, score_image
+from ldm.evaluation.seam import seam_gradient
+from ldm.guidance import CONDITIONS
+from ldm.picture import grid
+from ldm.randomness import derive_seed
+
+SHOWN = 8
+"""Tasks of each measurement that are kept for the grid."""
+_PLACEMENTS = 8  # tried for each changed map; the one that moves the objects most is taken
+_CLOSE = 30.0  # RGB distance: half the least one between two colours of the palette
+_HOLE = (255, 0, 255)  # how a hole is shown in the grid; not a colour of the palette
+_T = TypeVar("_T")
+_Answers = Mapping[str, float | tuple[float, float] | None]  # right or wrong, or (value, its own baseline)
+
+
+class Drawer(Protocol):
+    """A model, or anything else that draws."""
+
+    def __call__(
+        self,
+        *,
+        prompt: Sequence[str],
+        semantic: Sequence[Image.Image | None] | None,
+        images: Sequence[Image.Image] | None,
+        masks: Sequence[Image.Image] | None,
+        labels: Sequence[int] | None,
+        seeds: Sequence[int],
+    ) -> list[Image.Image]:
+        """One picture for each seed, of the measurement's resolution; the drawer splits them into batches.
+
+        `prompt` is "" where there is no text. Maps are mode L with class indices, images RGB, masks L with 255 =
+        repaint, labels indices of the scenes' objects; None = the condition is absent.
+        """
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A mean over `count` tasks of a number from 0 to 1, beside its baseline."""
+
+    value: float
+    baseline: float  # the same with every task judged by the next task's picture, or as the measurement says
+    error: float  # standard error of value - baseline
+    count: int
+    needs: tuple[str, ...]  # the conditions that have to be obeyed to do well
+
+    @property
+    def beats_baseline(self) -> bool:
+        """Whether the value lies above the baseline by more than three standard errors."""
+        return self.value - self.baseline > 3 * self.error
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found with some conditions given and the others absent."""
+
+    conditions: tuple[str, ...]
+    rates: dict[str, Rate]
+    figures: dict[str, float]  # other numbers, explained where they are measured
+    shown: tuple[tuple[Image.Image, str], ...]  # pictures and captions, row by row, one column a task
+    columns: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Numbers only, fit for JSON."""
+        rates = {name: asdict(rate) | {"needs": list(rate.needs)} for name, rate in self.rates.items()}
+        return {"conditions": list(self.conditions), "rates": rates, "figures": self.figures}
+
+    def summary(self) -> str:
+        """`semantic+text: map_iou 0.913 (baseline 0.241), ...`."""
+        rates = [f"{name} {rate.value:.3f} (baseline {rate.baseline:.3f})" for name, rate in self.rates.items()]
+        figures = [f"{name} {value:.3f}" for name, value in self.figures.items()]
+        return f"{'+'.join(self.conditions)}: {', '.join(rates + figures)}"
+
+
+@dataclass(frozen=True)
+class ConditionsReport:
+    """All measurements of one drawer, by the conditions that were given: "text", "semantic+text", ..."""
+
+    measurements: dict[str, Measurement]
+    count: int
+    seed: int
+    resolution: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Numbers only, fit for JSON."""
+        measurements = {name: measurement.as_dict() for name, measurement in self.measurements.items()}
+        settings = {"count": self.count, "seed": self.seed, "resolution": self.resolution, "split": "held_out"}
+        return {**settings, "measurements": measurements}
+
+    def summary(self) -> str:
+        """One line a measurement."""
+        return "\n".join(measurement.summary() for measurement in self.measurements.values())
+
+    @property
+    def pictures(self) -> Image.Image:
+        """A grid: one column a task, one row for each thing given or drawn."""
+        cells = [cell for measurement in self.measurements.values() for cell in measurement.shown]
+        columns = next(iter(self.measurements.values())).columns
+        return grid([picture for picture, _ in cells], [words for _, words in cells], columns)
+
+
+def measure_conditions(
+    drawer: Drawer, config: ScenesConfig, names: Collection[str], count: int, seed: int, resolution: int
+) -> ConditionsReport:
+    """Measure the conditions in `names`, those the drawer has, on `count` held-out scenes at `resolution` pixels.
+
+    "text", "label", "semantic" and "inpainting" alone; "semantic+text" and "inpainting+text" if both are named. What is
+    not named is not measured and not in the report. At most 13 x `count` pictures are drawn.
+
+    Raises `UserError` for unknown names, for emoji, for a vocabulary too small to change anything in a scene, and when
+    nothing is held out; all before the first picture.
+    """
+    _check_names(names, config)
+    if count < 2 or resolution < 16:
+        raise UserError(f"count, resolution: found {count}, {resolution}; allowed is 2 and 16 or more; raise them")
+    _check_vocabulary(config, names)
+    with user_input("held-out scenes", ValueError):
+        config = replace(config, split="held_out", seed=derive_seed(seed, "measured conditions"))
+    seeds = tuple(derive_seed(seed, "drawn conditions", index) % 2**32 for index in range(count))
+    exam = Exam(drawer, config, tuple(scene_at(config, index) for index in range(count)), seeds, resolution)
+    measures: dict[tuple[str, ...], Callable[[Exam], Measurement]] = {
+        ("text",): measure_text,
+        ("label",): measure_label,
+        ("semantic",): measure_semantic,
+        ("semantic", "text"): measure_semantic_and_text,
+        ("inpainting",): measure_inpainting,
+        ("inpainting", "text"): measure_inpainting_and_text,
+    }
+    chosen = {given: measure for given, measure in measures.items() if set(given) <= set(names)}
+    return ConditionsReport({"+".join(k): measure(exam) for k, measure in chosen.items()}, count, seed, resolution)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The scenes that a drawer is asked for."""
+
+    drawer: Drawer
+    config: ScenesConfig
+    scenes: tuple[Scene, ...]
+    seeds: tuple[int, ...]
+    resolution: int
+
+    def draw(
+        self,
+        *,
+        prompts: Sequence[str] | None = None,
+        maps: Sequence[Image.Image] | None = None,
+        images: Sequence[Image.Image] | None = None,
+        masks: Sequence[Image.Image] | None = None,
+        labels: Sequence[int] | None = None,
+    ) -> list[Image.Image]:
+        """The drawer's pictures, RGB, always for the same seeds. Raises `ValueError` for another number or size."""
+        words = [""] * len(self.seeds) if prompts is None else prompts
+        drawn = self.drawer(prompt=words, semantic=maps, images=images, masks=masks, labels=labels, seeds=self.seeds)
+        found, wanted = {picture.size for picture in drawn}, (self.resolution, self.resolution)
+        if len(drawn) != len(self.seeds) or found != {wanted}:
+            raise ValueError(f"drawer: found {len(drawn)} of sizes {found}; allowed is {len(self.seeds)} of {wanted}")
+        return [picture.convert("RGB") for picture in drawn]
+
+    def images(self, scenes: Sequence[Scene]) -> list[Image.Image]:
+        """The true pictures."""
+        return [render_image(scene, self.resolution) for scene in scenes]
+
+    def maps(self, scenes: Sequence[Scene]) -> list[Image.Image]:
+        """The true semantic maps."""
+        return [render_semantic(scene, self.resolution, self.config.object_names) for scene in scenes]
+
+    def draws(self, name: str) -> list[Callable[[], float]]:
+        """For each scene a source of random numbers in [0, 1) of its own."""
+        return [random.Random(derive_seed(self.config.seed, name, i)).random for i in range(len(self.scenes))]
+
+    def change(self, edit: Callable[[Scene, ScenesConfig, Callable[[], float]], Scene], name: str) -> list[Scene]:
+        """Every scene with one thing changed."""
+        return [edit(scene, self.config, draw) for scene, draw in zip(self.scenes, self.draws(name), strict=True)]
+
+
+# --- The measurements ------------------------------------------------------------------------------------------------
+
+
+def measure_text(exam: Exam) -> Measurement:
+    """Text alone: the scorer's rates; followed: with another colour in the prompt, the picture's colours are those."""
+    changed = exam.change(recoloured, "colour")
+    prompts, others = _prompts(exam.scenes), _prompts(changed)
+    before, after = exam.draw(prompts=prompts), exam.draw(prompts=others)
+
+    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> _Answers:
+        score, other = score_image(pair[0], exam.scenes[i], exam.config), score_image(pair[1], changed[i], exam.config)
+        parts = ("background", "objects", "colours", "sizes", "relation", "everything")
+        return {**{part: getattr(score, part) for part in parts}, "text_followed": score.colours and other.colours}
+
+    rates = _rates(list(zip(before, after, strict=True)), judge, ("text",))
+    return _measurement(("text",), rates, [(before, prompts), (after, others)])
+
+
+def measure_label(exam: Exam) -> Measurement:
+    """Label alone: its object is drawn; followed: another label, with the same seed, gives that label's object."""
+    changed = exam.change(with_another_object, "label")
+    labels, others = (
+        [exam.config.object_names.index(s.objects[0].name) for s in side] for side in (exam.scenes, changed)
+    )
+    before, after = exam.draw(labels=labels), exam.draw(labels=others)
+
+    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> _Answers:
+        right = score_image(pair[0], exam.scenes[i], exam.config).objects
+        return {"object": right, "label_followed": right and score_image(pair[1], changed[i], exam.config).objects}
+
+    rates = _rates(list(zip(before, after, strict=True)), judge, ("label",))
+    names = [[f"label: {exam.config.object_names[label]}" for label in side] for side in (labels, others)]
+    return _measurement(("label",), rates, [(before, names[0]), (after, names[1])])
+
+
+def measure_semantic(exam: Exam) -> Measurement:
+    """Map alone: mean IoU of the map given and the one recovered from the picture.
+
+    Followed: with another scene's map, each of the two pictures agrees better with its own map than with the other.
+    """
+    others = exam.maps([scene_at(exam.config, len(exam.scenes) + index) for index in range(len(exam.scenes))])
+    maps = exam.maps(exam.scenes)
+    before, after = exam.draw(maps=maps), exam.draw(maps=others)
+
+    def judge(i: int, pair: tuple[Array, Array]) -> _Answers:
+        overlap = _overlaps(exam, (maps[i], others[i]), pair)
+        return {"map_iou": overlap[0][0], "semantic_followed": _follows(overlap)}
+
+    recovered = [(recover_map(a, exam.config), recover_map(b, exam.config)) for a, b in zip(before, after, strict=True)]
+    rates = _rates(recovered, judge, ("semantic",))
+    return _measurement(("semantic",), rates, [*_map_rows(maps, before), *_map_rows(others, after)])
+
+
+def measure_semantic_and_text(exam: Exam) -> Measurement:
+    """Map and prompt: the map's IoU and the prompt's colours, of which the map says nothing.
+
+    Text followed: with another colour in the prompt and the same map, the colours are those. Semantic followed: with
+    the same prompt and a map of the same objects at other places, each picture agrees better with its own map. The
+    baseline of `map_iou` is the picture for those other places, as the prompt names the map's objects.
+    """
+    changed, moved = exam.change(recoloured, "colour"), exam.change(rearranged, "place")
+    prompts, others, maps, places = _prompts(exam.scenes), _prompts(changed), exam.maps(exam.scenes), exam.maps(moved)
+    before, after = exam.draw(prompts=prompts, maps=maps), exam.draw(prompts=others, maps=maps)
+    elsewhere = exam.draw(prompts=prompts, maps=places)
+    recovered = [[recover_map(picture, exam.config) for picture in side] for side in (before, elsewhere)]
+
+    def judge(i: int, answer: tuple[Image.Image, Image.Image, Array, Array]) -> _Answers:
+        score, other = (
+            score_image(answer[0], exam.scenes[i], exam.config),
+            score_image(answer[1], changed[i], exam.config),
+        )
+        overlap = _overlaps(exam, (maps[i], places[i]), answer[2:])
+        return {
+            "map_iou": (overlap[0][0], overlap[0][1]),
+            "semantic_followed": _follows(overlap),
+            "background": score.background,
+            "colours": score.colours,
+            "text_followed": score.colours and other.colours,
+        }
+
+    needs = {"map_iou": ("semantic",), "semantic_followed": ("semantic",)}
+    rates = _rates(list(zip(before, after, *recovered, strict=True)), judge, ("text",), needs)
+    rows = [(_coloured(maps), ["map"] * len(maps)), (before, prompts), (after, others)]
+    return _measurement(("semantic", "text"), rates, [*rows, *_map_rows(places, elsewhere, prompts)])
+
+
+def measure_inpainting(exam: Exam) -> Measurement:
+    """Inpainting alone, with a hole over one object.
+
+    `outside_identical`: the pixels outside are the given ones, byte for byte. `background_continued`: the median colour
+    along the hole's inner edge is the background's. `in_vocabulary`: so it is, and all that stands in the hole, if
+    anything, is an object of the vocabulary. Followed: with the same scene on another background given, the first
+    two hold for both pictures. Figure `plain`: the share of holes filled with the background alone.
+    """
+    holes = [hole_over(scene, exam.resolution) for scene in exam.scenes]
+    given, masks = exam.images(exam.scenes), [_mask(exam, hole) for hole in holes]
+    changed = exam.change(on_another_background, "background")
+    others = exam.images(changed)
+    before, after = exam.draw(images=given, masks=masks), exam.draw(images=others, masks=masks)
+
+    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> _Answers:
+        sides = zip(pair, (given[i], others[i]), (exam.scenes[i], changed[i]), strict=True)
+        (kept, ground), (kept_too, ground_too) = [
+            (_same_outside(picture, image, masks[i]), _continues(picture, holes[i], scene))
+            for picture, image, scene in sides
+        ]
+        names = _names_in_hole(pair[0], holes[i], exam.scenes[i], exam.config)
+        return {
+            "outside_identical": kept,
+            "background_continued": ground,
+            "in_vocabulary": ground and NOTHING not in names,
+            "inpainting_followed": kept and kept_too and ground and ground_too,
+        }
+
+    rates = _rates(list(zip(before, after, strict=True)), judge, ("inpainting",))
+    tasks = zip(before, holes, exam.scenes, strict=True)
+    plain = np.mean([not _names_in_hole(picture, hole, scene, exam.config) for picture, hole, scene in tasks])
+    rows = [*_hole_rows(given, masks, before), *_hole_rows(others, masks, after)]
+    return _measurement(("inpainting",), rates, rows, {"plain": float(plain)})
+
+
+def measure_inpainting_and_text(exam: Exam) -> Measurement:
+    """A hole over one object, and a prompt that names the scene with another object of another colour there.
+
+    `object`, `colour`: what is in the hole, judged without its surroundings. `whole`: the picture shows all that the
+    prompt says, and the pixels outside are the given ones. Followed: with a third object in the prompt, each
+    picture's hole holds its own. Figures: `seam_gradient` and `image_gradient`, the means of `SeamFigure.seam` and
+    `.image` over the pictures (0 to 255), and the same of the true pictures of what the prompts say.
+    """
+    holes = [hole_over(scene, exam.resolution) for scene in exam.scenes]
+    given, masks = exam.images(exam.scenes), [_mask(exam, hole) for hole in holes]
+    targets = exam.change(with_another_object, "hole")
+    drawn = zip(exam.scenes, exam.draws("hole again"), targets, strict=True)
+    thirds = [with_another_object(scene, exam.config, draw, unlike=target) for scene, draw, target in drawn]
+    prompts, others = _prompts(targets), _prompts(thirds)
+    before = exam.draw(prompts=prompts, images=given, masks=masks)
+    after = exam.draw(prompts=others, images=given, masks=masks)
+
+    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> _Answers:
+        filled = [
+            score_image(_alone(picture, holes[i], scene), _only_first(scene), exam.config)
+            for picture, scene in zip(pair, (targets[i], thirds[i]), strict=True)
+        ]
+        kept = _same_outside(pair[0], given[i], masks[i])
+        return {
+            "outside_identical": kept,
+            "object": filled[0].objects,
+            "colour": filled[0].colours,
+            "whole": kept and score_image(pair[0], targets[i], exam.config).everything,
+            "text_followed": filled[0].objects and filled[1].objects,
+        }
+
+    both = ("inpainting", "text")
+    rates = _rates(list(zip(before, after, strict=True)), judge, both, {"outside_identical": ("inpainting",)})
+    figures = {**_seams(before, masks), **_seams(exam.images(targets), masks, "true_")}
+    rows = [*_hole_rows(given, masks, before, prompts), (after, others)]
+    return _measurement(both, rates, rows, figures)
+
+
+# --- Scenes with one thing changed -----------------------------------------------------------------------------------
+
+
+def recoloured(scene: Scene, config: ScenesConfig, draw: Callable[[], float]) -> Scene:
+    """One object in another colour; a held-out scene where there is one."""
+    which = int(draw() * len(scene.objects))
+    old = scene.objects[which].colour
+    colours = [colour for colour in config.colour_names if colour not in (old, scene.background)]
+    return _choose([_exchange(scene, which, colour=colour) for colour in colours], config, draw)
+
+
+def with_another_object(
+    scene: Scene, config: ScenesConfig, draw: Callable[[], float], *, unlike: Scene | None = None
+) -> Scene:
+    """The first object replaced by another of another colour, also another than in `unlike`; held out if possible."""
+    names = {thing.name for thing in (*scene.objects, *(unlike.objects if unlike else ()))}
+    choices = [
+        _exchange(scene, 0, name=name, colour=colour)
+        for name in config.object_names
+        for colour in config.colour_names
+        if name not in names and colour not in (scene.objects[0].colour, scene.background)
+    ]
+    return _choose(choices, config, draw)
+
+
+def on_another_background(scene: Scene, config: ScenesConfig, draw: Callable[[], float]) -> Scene:
+    """The same objects on another background; held out if possible."""
+    taken = {scene.background, *(thing.colour for thing in scene.objects)}
+    grounds = [ground for ground in config.background_names if ground not in taken]
+    return _choose([replace(scene, background=ground) for ground in grounds], config, draw)
+
+
+def rearranged(scene: Scene, config: ScenesConfig, draw: Callable[[], float]) -> Scene:
+    """The same objects, of the same sizes and in the same relation, at other places."""
+
+    def moved(other: Scene) -> float:
+        pairs = zip(scene.objects, other.objects, strict=True)
+        return min(math.dist(_centre(old), _centre(new)) for old, new in pairs)
+
+    return max((_place(config, scene, draw) for _ in range(_PLACEMENTS)), key=moved)
+
+
+def _centre(thing: SceneObject) -> tuple[float, float]:
+    left, top, side = thing.box
+    return left + side / 2, top + side / 2
+
+
+def _exchange(scene: Scene, which: int, **values: str) -> Scene:
+    things = list(scene.objects)
+    things[which] = replace(things[which], **values)  # type: ignore[arg-type]
+    return replace(scene, objects=tuple(things))
+
+
+def _choose(choices: Sequence[Scene], config: ScenesConfig, draw: Callable[[], float]) -> Scene:
+    preferred = [scene for scene in choices if is_held_out(config, scene)] or choices
+    return preferred[int(draw() * len(preferred))]
+
+
+# --- Holes -----------------------------------------------------------------------------------------------------------
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
+def hole_over(scene: Scene, resolution: int) -> Box:
+    """The box of the first object, grown by half the gap between objects, so that it touches no other."""
+    left, top, side = scene.objects[0].pixels(resolution)
+    by = max(1, int(GAP / 2 * resolution))
+    return max(0, left - by), max(0, top - by), min(resolution, left + side + by), min(resolution, top + side + by)
+
+
+def _mask(exam: Exam, hole: Box) -> Image.Image:
+    mask = Image.new("L", (exam.resolution, exam.resolution))
+    mask.paste(255, hole)
+    return mask
+
+
+def _alone(picture: Image.Image, hole: Box, scene: Scene) -> Image.Image:
+    """The hole's content on the scene's plain background."""
+    canvas = Image.new("RGB", picture.size, PALETTE[scene.background])
+    canvas.paste(picture.crop(hole), hole)
+    return canvas
+
+
+def _only_first(scene: Scene) -> Scene:
+    return replace(scene, objects=scene.objects[:1], relation=None)
+
+
+def _same_outside(picture: Image.Image, given: Image.Image, mask: Image.Image) -> bool:
+    outside = np.asarray(mask) == 0
+    return np.array_equal(np.asarray(picture)[outside], np.asarray(given)[outside])
+
+
+def _continues(picture: Image.Image, hole: Box, scene: Scene) -> bool:
+    pixels = np.asarray(picture.crop(hole), dtype=np.float32)
+    width = max(1, picture.width // 48)
+    edge = np.ones(pixels.shape[:2], dtype=bool)
+    edge[width:-width, width:-width] = False
+    return float(np.linalg.norm(np.median(pixels[edge], axis=0) - PALETTE[scene.background])) < _CLOSE
+
+
+def _names_in_hole(picture: Image.Image, hole: Box, scene: Scene, config: ScenesConfig) -> list[str]:
+    """The objects in the hole, `NOTHING` for what is like none; [] for plain background."""
+    pixels = _pixels(_alone(picture, hole, scene))
+    return [found.name for found in _find_shapes(pixels, *find_background(pixels, config), config)]
+
+
+def _seams(pictures: Sequence[Image.Image], masks: Sequence[Image.Image], prefix: str = "") -> dict[str, float]:
+    figures = [seam_gradient(picture, mask) for picture, mask in zip(pictures, masks, strict=True)]
+    return {
+        f"{prefix}seam_gradient": float(np.mean([figure.seam for figure in figures])),
+        f"{prefix}image_gradient": float(np.mean([figure.image for figure in figures])),
+    }
+
+
+# --- Figures and rows of the grid ------------------------------------------------------------------------------------
+
+
+def _rates(
+    answers: Sequence[_T],
+    judge: Callable[[int, _T], _Answers],
+    default: tuple[str, ...],
+    needs: Mapping[str, tuple[str, ...]] | None = None,
+) -> dict[str, Rate]:
+    """The means of `judge(task, answer)`, beside those with the next task's answer; None = the task says nothing."""
+    own = [judge(i, answer) for i, answer in enumerate(answers)]
+    shuffled = [judge(i, answers[(i + 1) % len(answers)]) for i in range(len(answers))]
+    rates = {}
+    for name in own[0]:
+        both = [(task[name], other[name]) for task, other in zip(own, shuffled, strict=True) if task[name] is not None]
+        if both:
+            pairs = [mine if isinstance(mine, tuple) else (mine, theirs) for mine, theirs in both]
+            values = np.array(pairs, dtype=np.float64)  # [tasks, 2]
+            value, baseline = values.mean(axis=0).tolist()
+            error = float((values[:, 0] - values[:, 1]).std() / math.sqrt(len(values)))
+            rates[name] = Rate(value, baseline, error, len(values), (needs or {}).get(name, default))
+    return rates
+
+
+def _overlaps(exam: Exam, given: Sequence[Image.Image], found: Sequence[Array]) -> list[list[float]]:
+    """Mean IoU of each map given (rows) with each recovered (columns)."""
+    classes = len(exam.config.object_names) + 1
+    return [[mean_iou(np.asarray(wanted), seen, classes) for seen in found] for wanted in given]
+
+
+def _follows(overlap: list[list[float]]) -> bool:
+    """Whether each of two maps agrees better with the picture drawn for it than with the other one."""
+    return overlap[0][0] > overlap[0][1] and overlap[1][1] > overlap[1][0]
+
+
+def _prompts(scenes: Sequence[Scene]) -> list[str]:
+    return [caption(scene) for scene in scenes]
+
+
+Row = tuple[Sequence[Image.Image], Sequence[str]]  # pictures and captions, one for each task
+
+
+def _measurement(
+    conditions: tuple[str, ...], rates: dict[str, Rate], rows: Sequence[Row], figures: dict[str, float] | None = None
+) -> Measurement:
+    columns = min(SHOWN, len(rows[0][0]))
+    name = "+".join(conditions)
+    shown = [
+        (picture, f"[{name}] {words}")
+        for pictures, captions in rows
+        for picture, words in list(zip(pictures, captions, strict=True))[:columns]
+    ]
+    return Measurement(conditions, rates, figures or {}, tuple(shown), columns)
+
+
+def _coloured(maps: Sequence[Image.Image]) -> list[Image.Image]:
+    return [map_picture(indices) for indices in maps]
+
+
+def _map_rows(
+    maps: Sequence[Image.Image], drawn: Sequence[Image.Image], captions: Sequence[str] | None = None
+) -> list[Row]:
+    return [(_coloured(maps), ["map"] * len(maps)), (drawn, captions or ["drawn"] * len(maps))]
+
+
+def _hole_rows(
+    given: Sequence[Image.Image],
+    masks: Sequence[Image.Image],
+    drawn: Sequence[Image.Image],
+    captions: Sequence[str] | None = None,
+) -> list[Row]:
+    holed = [Image.composite(Image.new("RGB", m.size, _HOLE), i, m) for i, m in zip(given, masks, strict=True)]
+    return [(holed, ["given"] * len(holed)), (drawn, captions or ["drawn"] * len(holed))]
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_names(names: Collection[str], config: ScenesConfig) -> None:
+    if not names:
+        raise UserError(f"conditions: found none; allowed are {', '.join(CONDITIONS)}; name those that the model has")
+    for name in names:
+        if name not in CONDITIONS:
+            near = difflib.get_close_matches(name, CONDITIONS, 1)
+            advice = f"did you mean {near[0]!r}?" if near else "name those that the model has"
+            raise UserError(f"conditions: found {name!r}; allowed are {', '.join(CONDITIONS)}; {advice}")
+    if "label" in names and config.max_objects > 1:
+        raise UserError(
+            f"conditions: found label with max_objects {config.max_objects}; a label says the only object of a scene; "
+            "set max_objects to 1 or leave label out"
+        )
+
+
+def _check_vocabulary(config: ScenesConfig, names: Collection[str]) -> None:
+    """Whether every scene leaves something to change it to."""
+    check_shapes(config)
+    objects, grounds, most = len(config.object_names), config.background_names, config.max_objects
+    if "text" in names and min(len(set(config.colour_names) - {ground}) for ground in grounds) < 2:
+        raise UserError("colours: found fewer than 2 on some background; a change of colour needs 2; name more")
+    shared = len(set(grounds) & set(config.colour_names))
+    if "inpainting" in names and len(grounds) - 1 - min(most, shared) < 1:
+        raise UserError("backgrounds: found no other for some scenes; a change of background needs one; name more")
+    needed = most + 2 if {"inpainting", "text"} <= set(names) else 2 if "label" in names else 1
+    if objects < needed:
+        raise UserError(f"objects: found {objects}; a change of object needs {needed} or more; name more")
