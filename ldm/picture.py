@@ -166,7 +166,8 @@ def parameters_text(
     if named:
         facts["Guidance"] = ", ".join(f"{name}={scale:g}" for name, scale in named.items())
     facts |= extra or {}
-    return f"{prompt}{negative}\n" + ", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items())
+    settings = ", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items())
+    return f"{prompt}{negative}\n{settings}".strip()
 
 
 def _quoted(value: object) -> str:

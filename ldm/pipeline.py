@@ -142,7 +142,9 @@ class LatentDiffusionPipeline(LatentDiffusionModel):
         starting_step(num_inference_steps, strength)  # and so is an impossible strength
         seeds, generators = check_generators(generator, seed, len(request))
         noise = self._noise(latents, generators, request)
-        noise_schedule = NoiseSchedule.from_config(noise_config_of(noise_scheduler)).to(self.device)
+        noise_schedule = None
+        if guidance.interval != NO_GUIDANCE_OPTIONS.interval or guidance.apg is not None:
+            noise_schedule = NoiseSchedule.from_config(noise_config_of(noise_scheduler)).to(self.device)
         results, evaluations = [], 1
         with _evaluation_mode(*self.networks()):
             for part in batches(len(request), batch_size):

@@ -13,8 +13,9 @@ from ldm.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ldm.data.sources import DataConfig
+    from ldm.evaluation.drawing import PipelineDrawer
     from ldm.evaluation.scenes import SceneScore
-    from ldm.pipeline import LatentDiffusionPipeline
 
 SHOWN = 32
 """Pictures in the grid."""
@@ -29,13 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--count", type=int, default=64, help="held-out prompts (default 64)")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps (default 25)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default 4)")
+    parser.add_argument(
+        "--guidance", default="4", metavar="SCALE", help="one number, or text=4,semantic=2,... (default 4)"
+    )
+    parser.add_argument(
+        "--conditions",
+        action="store_true",
+        help="measure what each condition of the model does, alone and together: up to 13 pictures for each of --count",
+    )
     parser.add_argument("--scheduler", default="ddim", help="ddpm, ddim, euler, heun, dpm++ or unipc (default ddim)")
     parser.add_argument("--batch", type=int, default=64, help="pictures drawn at once (default 64)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
-    parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json and grid.png")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for metrics.json and grid.png (or conditions.json and .png)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,8 +53,9 @@ def run(args: argparse.Namespace) -> None:
     from ldm.config import load_section
     from ldm.data.scenes import held_out_prompts
     from ldm.data.sources import DataConfig
+    from ldm.evaluation.drawing import PipelineDrawer
     from ldm.evaluation.scenes import confusion_matrix, rates, score_each
-    from ldm.guidance import check_guidance_scale
+    from ldm.guidance import parse_guidance_scale
     from ldm.picture import save_png
     from ldm.pipeline import LatentDiffusionPipeline
     from ldm.sampling import check_scheduler_name
@@ -53,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("count", "steps", "batch"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}: found {getattr(args, name)}; allowed is 1 or more")
-    check_guidance_scale(args.guidance)
+    guidance_scale = parse_guidance_scale(args.guidance)
     check_scheduler_name(args.scheduler)
     check_out_folder(args.out)
     pipeline_folder = args.model / "pipeline" if (args.model / "pipeline").is_dir() else args.model
@@ -65,9 +76,14 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{config_path}: found data.source {data.source}; the exact scorer knows the built-in scenes only"
         )
-    prompts = held_out_prompts(data.scenes, args.count, args.seed)
     pipeline = LatentDiffusionPipeline.from_pretrained(pipeline_folder, dtype=args.dtype, device=args.device)
-    images = _draw(pipeline, [prompt for prompt, _ in prompts], args)
+    drawer = PipelineDrawer(pipeline, args.steps, guidance_scale, args.scheduler, args.batch)
+    if args.conditions:
+        _measure_conditions(drawer, data, args)
+        return
+    prompts = held_out_prompts(data.scenes, args.count, args.seed)
+    seeds = range(args.seed, args.seed + args.count)
+    images = drawer(prompt=[prompt for prompt, _ in prompts], seeds=seeds)
     scenes = [scene for _, scene in prompts]
     scores = score_each(images, scenes, data.scenes)
     result = rates(scores)
@@ -87,23 +103,21 @@ def describe(result: dict[str, float]) -> str:
     return f"{result['images']:.0f} pictures of held-out prompts, right are: {parts}"
 
 
-def _draw(pipeline: LatentDiffusionPipeline, prompts: list[str], args: argparse.Namespace) -> list[Image.Image]:
-    from tqdm import tqdm
+def _measure_conditions(drawer: PipelineDrawer, data: DataConfig, args: argparse.Namespace) -> None:
+    """Measure each condition of the model, alone and together; write figures and pictures."""
+    from ldm.evaluation.conditions import measure_conditions
+    from ldm.picture import save_png
+    from ldm.training.checkpoint import write_atomically
 
-    images: list[Image.Image] = []
-    with tqdm(total=len(prompts), desc="drawing", unit="image") as progress:
-        for first in range(0, len(prompts), args.batch):
-            part = prompts[first : first + args.batch]
-            drawn = pipeline(
-                part,
-                num_inference_steps=args.steps,
-                guidance_scale=args.guidance,
-                scheduler=args.scheduler,
-                seed=args.seed + first,
-            )
-            images += drawn.images
-            progress.update(len(part))
-    return images
+    names = drawer.pipeline.conditions
+    report = measure_conditions(drawer, data.scenes, names, args.count, args.seed, data.resolution)
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(args, name) for name in ("steps", "guidance", "scheduler")}
+    figures = {"model": str(args.model), **settings, **report.as_dict()}
+    write_atomically(args.out / "conditions.json", json.dumps(figures, indent=2) + "\n")
+    save_png(report.pictures, args.out / "conditions.png")
+    print(report.summary())
+    print(f"picture: {args.out / 'conditions.png'}   figures: {args.out / 'conditions.json'}")
 
 
 def _grid(images: list[Image.Image], prompts: list[str], scores: list[SceneScore]) -> Image.Image:

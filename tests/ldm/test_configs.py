@@ -14,6 +14,7 @@ from autoencoder.model import Autoencoder, build_autoencoder, downsampling_facto
 from conditioning.conditions import Conditions
 from conditioning.text import TextConfig
 from ldm.config import dump, load
+from ldm.growing import grow
 from ldm.training.stage1 import Stage1Config
 from ldm.training.stage2 import Stage2Config
 from ldm.unet import build_unet, denoise
@@ -52,11 +53,17 @@ def autoencoder_for(path: Path) -> Autoencoder:
         return build_autoencoder(config_of(makers[0]).autoencoder)
 
 
+OWN = {f"{config_of(path).out}/pipeline": config_of(path) for path in LDMS}
+"""What the configs make, by the path under which others go on from it."""
+
+
 def text_width(config: TextConfig) -> int | None:
     if config.encoder == "none":
         return None
     if config.encoder == "trained":
         return config.width
+    if config.pretrained in OWN:
+        return text_width(OWN[config.pretrained].conditions.text)
     assert (config.encoder, config.pretrained) == ("clip", "openai/clip-vit-large-patch14")
     with torch.device("meta"):
         vit_l = CLIPTextConfig(
@@ -111,11 +118,23 @@ def test_unets_fit_the_autoencoders_that_they_name(path):
     assert config.data.resolution % downsampling_factor(autoencoder) == 0
     channels, side = latent_channels(autoencoder), config.data.resolution // downsampling_factor(autoencoder)
     width = text_width(config.conditions.text)
+    layout = config.conditions.layout
     with torch.device("meta"):
-        unet = build_unet(config.unet, latent_channels=channels, context_width=width, sample_size=side)
+        first = config if config.unet.pretrained is None else OWN[config.unet.pretrained]
+        unet = build_unet(
+            first.unet,
+            latent_channels=channels,
+            spatial_channels=first.conditions.layout.channels(channels),
+            context_width=width,
+            sample_size=side,
+        )
+        if first is not config:
+            unet = grow(unet, old=first.conditions.layout, new=layout, class_embedding_width=None)
         context = None if width is None else torch.empty(2, config.conditions.text.length, width)
+        further = layout.channels(channels)
+        spatial = torch.empty(2, further, side, side) if further else None
         latents, timesteps = torch.empty(2, channels, side, side), torch.zeros(2, dtype=torch.long)
-        output = denoise(unet, latents, timesteps, Conditions(context=context))
+        output = denoise(unet, latents, timesteps, Conditions(context=context, spatial=spatial))
     assert output.shape == latents.shape
     if path.parent.name == "full":
         assert width == 768
