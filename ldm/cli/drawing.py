@@ -126,9 +126,7 @@ def _batches(
             yield _Batch(indices, call)
 
 
-def _call(
-    pictures: Sequence[Picture], inputs: Sequence[Mapping[str, Any]], options: DrawingOptions
-) -> dict[str, Any]:
+def _call(pictures: Sequence[Picture], inputs: Sequence[Mapping[str, Any]], options: DrawingOptions) -> dict[str, Any]:
     """What the pipeline is called with for these pictures, all of which are given the same kinds of inputs."""
     import torch
 
@@ -152,13 +150,9 @@ def _request(pipeline: LatentDiffusionPipeline, call: Mapping[str, Any]) -> Requ
     from ldm.pipeline_request import make_request
 
     names = ("prompt_embeds", "image", "mask_image", "semantic_map", "label")
-    return make_request(
-        pipeline,
-        prompt=call.get("prompt", ""),
-        repeats=1,
-        **{name: call.get(name) for name in names},
-        **{name: call[name] for name in ("negative_prompt", "inpainting", "height", "width")},
-    )
+    given: dict[str, Any] = {name: call.get(name) for name in names}
+    given |= {name: call[name] for name in ("negative_prompt", "inpainting", "height", "width")}
+    return make_request(pipeline, prompt=call.get("prompt", ""), repeats=1, **given)
 
 
 def _sampling(options: DrawingOptions) -> dict[str, Any]:

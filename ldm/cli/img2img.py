@@ -56,9 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         options = replace(options, height=height, width=width)
     inputs["image"] = image
     source = {"Image": printable(arguments.image.name)}
-    pictures = [
-        Picture(prompt=arguments.prompt, seed=seed, inputs=lambda: inputs, facts=source) for seed in seeds
-    ]
+    pictures = [Picture(prompt=arguments.prompt, seed=seed, inputs=lambda: inputs, facts=source) for seed in seeds]
     images = draw_numbered(pipeline, pictures, options, arguments.out)
     captions = ["picture", *[arguments.prompt or f"strength {arguments.strength:g}"] * len(images)]
-    write_grid([image, *images], captions, None, arguments.out)
+    write_grid([image.resize(images[0].size), *images], captions, None, arguments.out)

@@ -93,9 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("--size: found without --only-masked, where the picture keeps its own; add it, or leave it out")
     inputs, facts = check_conditions(arguments)
     inpainting, mask_facts = mask_options(arguments, arguments.dilate, arguments.only_masked)
-    options = check_options(
-        arguments, facts=facts | mask_facts, strength=arguments.strength, inpainting=inpainting
-    )
+    options = check_options(arguments, facts=facts | mask_facts, strength=arguments.strength, inpainting=inpainting)
     pairs = read_pairs(arguments)
     check_pairs(pairs)
     out = check_names(pairs, arguments)

@@ -11,7 +11,11 @@ from ldm import __version__
 from ldm.cli.entry import EXIT_USER_ERROR, Parser, run_command
 
 COMMANDS = {
-    "generate": "draw pictures from prompts",
+    "generate": "draw pictures from prompts, semantic maps and classes",
+    "inpaint": "repaint where a mask is white, and change no other pixel",
+    "outpaint": "extend a picture beyond its borders",
+    "img2img": "draw variations of a picture",
+    "interpolate": "go from one prompt, seed or picture to another",
     "data": "check a dataset, or write the built-in scenes to disk",
     "reconstruct": "measure an autoencoder on images, with a side-by-side picture",
     "evaluate": "score a model on held-out scenes with the exact scorer",

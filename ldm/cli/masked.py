@@ -23,9 +23,7 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feather", type=int, default=0, metavar="PX", help="fade in over so many pixels, inwards only (default: 0)"
     )
-    parser.add_argument(
-        "--fill", choices=tuple(FILLS), default="original", help="what stands in the hole at the start"
-    )
+    parser.add_argument("--fill", choices=tuple(FILLS), default="original", help="what stands in the hole at the start")
 
 
 def mask_options(

@@ -54,9 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     extended, mask = extend(image, **sides)
     inputs = {"image": extended, "mask_image": mask, **conditions}
     source = {"Image": printable(arguments.image.name)}
-    pictures = [
-        Picture(prompt=arguments.prompt, seed=seed, inputs=lambda: inputs, facts=source) for seed in seeds
-    ]
+    pictures = [Picture(prompt=arguments.prompt, seed=seed, inputs=lambda: inputs, facts=source) for seed in seeds]
     images = draw_numbered(open_model(arguments), pictures, options, arguments.out)
     captions = ["picture", *[arguments.prompt or "extended"] * len(images)]
     write_grid([image, *images], captions, None, arguments.out)

@@ -231,7 +231,7 @@ def scene_at(config: ScenesConfig, index: int) -> Scene:
     for _ in range(_ATTEMPTS):
         scene = _draw_content(config, draw)
         if _holds(scene, singles, pairs) == wanted:
-            return _place(config, scene, draw)
+            return place_objects(config, scene, draw)
     raise UserError(f"held_out: found {config.held_out}, which leaves no scene in the split {config.split}; change it")
 
 
@@ -253,7 +253,7 @@ def _pick(choices: tuple[_T, ...], draw: Callable[[], float]) -> _T:
     return choices[int(draw() * len(choices))]
 
 
-def _place(config: ScenesConfig, scene: Scene, draw: Callable[[], float]) -> Scene:
+def place_objects(config: ScenesConfig, scene: Scene, draw: Callable[[], float]) -> Scene:
     """Give every object its square: inside the margin, apart from the others, in the relation that is stated."""
     ranges = config.size_ranges()
     sides = [_between(*ranges[thing.size], draw) for thing in scene.objects]

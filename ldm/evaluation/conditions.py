@@ -10,32 +10,42 @@ what the map shows, the map's baseline is the picture drawn with that prompt and
 from __future__ import annotations
 
 import difflib
-import math
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from ldm.data.scene_rendering import PALETTE, Scene, SceneObject, caption, render_image, render_semantic
-from ldm.data.scenes import GAP, ScenesConfig, _place, is_held_out, scene_at
+from ldm.data.scene_rendering import Scene, caption, render_image, render_semantic
+from ldm.data.scenes import ScenesConfig, scene_at
 from ldm.errors import UserError, user_input
-from ldm.evaluation.maps import check_shapes, map_picture, mean_iou, recover_map
-from ldm.evaluation.scenes import NOTHING, Array, _find_shapes, _pixels, find_background, score_image
-from ldm.evaluation.seam import seam_gradient
+from ldm.evaluation.condition_report import (
+    Answers,
+    ConditionsReport,
+    Measurement,
+    coloured_maps,
+    hole_rows,
+    map_rows,
+    measurement_of,
+    rates_of,
+)
+from ldm.evaluation.maps import check_shapes, mean_iou, recover_map
+from ldm.evaluation.scene_edits import on_another_background, rearranged, recoloured, with_another_object
+from ldm.evaluation.scene_holes import (
+    continues_background,
+    hole_alone,
+    hole_mask,
+    hole_over,
+    mean_seams,
+    names_in_hole,
+    only_first_object,
+    same_outside,
+)
+from ldm.evaluation.scenes import NOTHING, Array, score_image
 from ldm.guidance import CONDITIONS
-from ldm.picture import grid
 from ldm.randomness import derive_seed
-
-SHOWN = 8
-"""Tasks of each measurement that are kept for the grid."""
-_PLACEMENTS = 8  # tried for each changed map; the one that moves the objects most is taken
-_CLOSE = 30.0  # RGB distance: half the least one between two colours of the palette
-_HOLE = (255, 0, 255)  # how a hole is shown in the grid; not a colour of the palette
-_T = TypeVar("_T")
-_Answers = Mapping[str, float | tuple[float, float] | None]  # right or wrong, or (value, its own baseline)
 
 
 class Drawer(Protocol):
@@ -56,71 +66,6 @@ class Drawer(Protocol):
         `prompt` is "" where there is no text. Maps are mode L with class indices, images RGB, masks L with 255 =
         repaint, labels indices of the scenes' objects; None = the condition is absent.
         """
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A mean over `count` tasks of a number from 0 to 1, beside its baseline."""
-
-    value: float
-    baseline: float  # the same with every task judged by the next task's picture, or as the measurement says
-    error: float  # standard error of value - baseline
-    count: int
-    needs: tuple[str, ...]  # the conditions that have to be obeyed to do well
-
-    @property
-    def beats_baseline(self) -> bool:
-        """Whether the value lies above the baseline by more than three standard errors."""
-        return self.value - self.baseline > 3 * self.error
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What was found with some conditions given and the others absent."""
-
-    conditions: tuple[str, ...]
-    rates: dict[str, Rate]
-    figures: dict[str, float]  # other numbers, explained where they are measured
-    shown: tuple[tuple[Image.Image, str], ...]  # pictures and captions, row by row, one column a task
-    columns: int
-
-    def as_dict(self) -> dict[str, object]:
-        """Numbers only, fit for JSON."""
-        rates = {name: asdict(rate) | {"needs": list(rate.needs)} for name, rate in self.rates.items()}
-        return {"conditions": list(self.conditions), "rates": rates, "figures": self.figures}
-
-    def summary(self) -> str:
-        """`semantic+text: map_iou 0.913 (baseline 0.241), ...`."""
-        rates = [f"{name} {rate.value:.3f} (baseline {rate.baseline:.3f})" for name, rate in self.rates.items()]
-        figures = [f"{name} {value:.3f}" for name, value in self.figures.items()]
-        return f"{'+'.join(self.conditions)}: {', '.join(rates + figures)}"
-
-
-@dataclass(frozen=True)
-class ConditionsReport:
-    """All measurements of one drawer, by the conditions that were given: "text", "semantic+text", ..."""
-
-    measurements: dict[str, Measurement]
-    count: int
-    seed: int
-    resolution: int
-
-    def as_dict(self) -> dict[str, object]:
-        """Numbers only, fit for JSON."""
-        measurements = {name: measurement.as_dict() for name, measurement in self.measurements.items()}
-        settings = {"count": self.count, "seed": self.seed, "resolution": self.resolution, "split": "held_out"}
-        return {**settings, "measurements": measurements}
-
-    def summary(self) -> str:
-        """One line a measurement."""
-        return "\n".join(measurement.summary() for measurement in self.measurements.values())
-
-    @property
-    def pictures(self) -> Image.Image:
-        """A grid: one column a task, one row for each thing given or drawn."""
-        cells = [cell for measurement in self.measurements.values() for cell in measurement.shown]
-        columns = next(iter(self.measurements.values())).columns
-        return grid([picture for picture, _ in cells], [words for _, words in cells], columns)
 
 
 def measure_conditions(
@@ -198,22 +143,19 @@ class Exam:
         return [edit(scene, self.config, draw) for scene, draw in zip(self.scenes, self.draws(name), strict=True)]
 
 
-# --- The measurements ------------------------------------------------------------------------------------------------
-
-
 def measure_text(exam: Exam) -> Measurement:
     """Text alone: the scorer's rates; followed: with another colour in the prompt, the picture's colours are those."""
     changed = exam.change(recoloured, "colour")
     prompts, others = _prompts(exam.scenes), _prompts(changed)
     before, after = exam.draw(prompts=prompts), exam.draw(prompts=others)
 
-    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> _Answers:
+    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> Answers:
         score, other = score_image(pair[0], exam.scenes[i], exam.config), score_image(pair[1], changed[i], exam.config)
         parts = ("background", "objects", "colours", "sizes", "relation", "everything")
         return {**{part: getattr(score, part) for part in parts}, "text_followed": score.colours and other.colours}
 
-    rates = _rates(list(zip(before, after, strict=True)), judge, ("text",))
-    return _measurement(("text",), rates, [(before, prompts), (after, others)])
+    rates = rates_of(list(zip(before, after, strict=True)), judge, ("text",))
+    return measurement_of(("text",), rates, [(before, prompts), (after, others)])
 
 
 def measure_label(exam: Exam) -> Measurement:
@@ -224,13 +166,13 @@ def measure_label(exam: Exam) -> Measurement:
     )
     before, after = exam.draw(labels=labels), exam.draw(labels=others)
 
-    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> _Answers:
+    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> Answers:
         right = score_image(pair[0], exam.scenes[i], exam.config).objects
         return {"object": right, "label_followed": right and score_image(pair[1], changed[i], exam.config).objects}
 
-    rates = _rates(list(zip(before, after, strict=True)), judge, ("label",))
+    rates = rates_of(list(zip(before, after, strict=True)), judge, ("label",))
     names = [[f"label: {exam.config.object_names[label]}" for label in side] for side in (labels, others)]
-    return _measurement(("label",), rates, [(before, names[0]), (after, names[1])])
+    return measurement_of(("label",), rates, [(before, names[0]), (after, names[1])])
 
 
 def measure_semantic(exam: Exam) -> Measurement:
@@ -242,13 +184,13 @@ def measure_semantic(exam: Exam) -> Measurement:
     maps = exam.maps(exam.scenes)
     before, after = exam.draw(maps=maps), exam.draw(maps=others)
 
-    def judge(i: int, pair: tuple[Array, Array]) -> _Answers:
+    def judge(i: int, pair: tuple[Array, Array]) -> Answers:
         overlap = _overlaps(exam, (maps[i], others[i]), pair)
         return {"map_iou": overlap[0][0], "semantic_followed": _follows(overlap)}
 
     recovered = [(recover_map(a, exam.config), recover_map(b, exam.config)) for a, b in zip(before, after, strict=True)]
-    rates = _rates(recovered, judge, ("semantic",))
-    return _measurement(("semantic",), rates, [*_map_rows(maps, before), *_map_rows(others, after)])
+    rates = rates_of(recovered, judge, ("semantic",))
+    return measurement_of(("semantic",), rates, [*map_rows(maps, before), *map_rows(others, after)])
 
 
 def measure_semantic_and_text(exam: Exam) -> Measurement:
@@ -264,7 +206,7 @@ def measure_semantic_and_text(exam: Exam) -> Measurement:
     elsewhere = exam.draw(prompts=prompts, maps=places)
     recovered = [[recover_map(picture, exam.config) for picture in side] for side in (before, elsewhere)]
 
-    def judge(i: int, answer: tuple[Image.Image, Image.Image, Array, Array]) -> _Answers:
+    def judge(i: int, answer: tuple[Image.Image, Image.Image, Array, Array]) -> Answers:
         score, other = (
             score_image(answer[0], exam.scenes[i], exam.config),
             score_image(answer[1], changed[i], exam.config),
@@ -279,9 +221,9 @@ def measure_semantic_and_text(exam: Exam) -> Measurement:
         }
 
     needs = {"map_iou": ("semantic",), "semantic_followed": ("semantic",)}
-    rates = _rates(list(zip(before, after, *recovered, strict=True)), judge, ("text",), needs)
-    rows = [(_coloured(maps), ["map"] * len(maps)), (before, prompts), (after, others)]
-    return _measurement(("semantic", "text"), rates, [*rows, *_map_rows(places, elsewhere, prompts)])
+    rates = rates_of(list(zip(before, after, *recovered, strict=True)), judge, ("text",), needs)
+    rows = [(coloured_maps(maps), ["map"] * len(maps)), (before, prompts), (after, others)]
+    return measurement_of(("semantic", "text"), rates, [*rows, *map_rows(places, elsewhere, prompts)])
 
 
 def measure_inpainting(exam: Exam) -> Measurement:
@@ -293,18 +235,18 @@ def measure_inpainting(exam: Exam) -> Measurement:
     two hold for both pictures. Figure `plain`: the share of holes filled with the background alone.
     """
     holes = [hole_over(scene, exam.resolution) for scene in exam.scenes]
-    given, masks = exam.images(exam.scenes), [_mask(exam, hole) for hole in holes]
+    given, masks = exam.images(exam.scenes), [hole_mask(hole, exam.resolution) for hole in holes]
     changed = exam.change(on_another_background, "background")
     others = exam.images(changed)
     before, after = exam.draw(images=given, masks=masks), exam.draw(images=others, masks=masks)
 
-    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> _Answers:
+    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> Answers:
         sides = zip(pair, (given[i], others[i]), (exam.scenes[i], changed[i]), strict=True)
         (kept, ground), (kept_too, ground_too) = [
-            (_same_outside(picture, image, masks[i]), _continues(picture, holes[i], scene))
+            (same_outside(picture, image, masks[i]), continues_background(picture, holes[i], scene))
             for picture, image, scene in sides
         ]
-        names = _names_in_hole(pair[0], holes[i], exam.scenes[i], exam.config)
+        names = names_in_hole(pair[0], holes[i], exam.scenes[i], exam.config)
         return {
             "outside_identical": kept,
             "background_continued": ground,
@@ -312,11 +254,11 @@ def measure_inpainting(exam: Exam) -> Measurement:
             "inpainting_followed": kept and kept_too and ground and ground_too,
         }
 
-    rates = _rates(list(zip(before, after, strict=True)), judge, ("inpainting",))
+    rates = rates_of(list(zip(before, after, strict=True)), judge, ("inpainting",))
     tasks = zip(before, holes, exam.scenes, strict=True)
-    plain = np.mean([not _names_in_hole(picture, hole, scene, exam.config) for picture, hole, scene in tasks])
-    rows = [*_hole_rows(given, masks, before), *_hole_rows(others, masks, after)]
-    return _measurement(("inpainting",), rates, rows, {"plain": float(plain)})
+    plain = np.mean([not names_in_hole(picture, hole, scene, exam.config) for picture, hole, scene in tasks])
+    rows = [*hole_rows(given, masks, before), *hole_rows(others, masks, after)]
+    return measurement_of(("inpainting",), rates, rows, {"plain": float(plain)})
 
 
 def measure_inpainting_and_text(exam: Exam) -> Measurement:
@@ -328,7 +270,7 @@ def measure_inpainting_and_text(exam: Exam) -> Measurement:
     `.image` over the pictures (0 to 255), and the same of the true pictures of what the prompts say.
     """
     holes = [hole_over(scene, exam.resolution) for scene in exam.scenes]
-    given, masks = exam.images(exam.scenes), [_mask(exam, hole) for hole in holes]
+    given, masks = exam.images(exam.scenes), [hole_mask(hole, exam.resolution) for hole in holes]
     targets = exam.change(with_another_object, "hole")
     drawn = zip(exam.scenes, exam.draws("hole again"), targets, strict=True)
     thirds = [with_another_object(scene, exam.config, draw, unlike=target) for scene, draw, target in drawn]
@@ -336,12 +278,12 @@ def measure_inpainting_and_text(exam: Exam) -> Measurement:
     before = exam.draw(prompts=prompts, images=given, masks=masks)
     after = exam.draw(prompts=others, images=given, masks=masks)
 
-    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> _Answers:
+    def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> Answers:
         filled = [
-            score_image(_alone(picture, holes[i], scene), _only_first(scene), exam.config)
+            score_image(hole_alone(picture, holes[i], scene), only_first_object(scene), exam.config)
             for picture, scene in zip(pair, (targets[i], thirds[i]), strict=True)
         ]
-        kept = _same_outside(pair[0], given[i], masks[i])
+        kept = same_outside(pair[0], given[i], masks[i])
         return {
             "outside_identical": kept,
             "object": filled[0].objects,
@@ -351,148 +293,10 @@ def measure_inpainting_and_text(exam: Exam) -> Measurement:
         }
 
     both = ("inpainting", "text")
-    rates = _rates(list(zip(before, after, strict=True)), judge, both, {"outside_identical": ("inpainting",)})
-    figures = {**_seams(before, masks), **_seams(exam.images(targets), masks, "true_")}
-    rows = [*_hole_rows(given, masks, before, prompts), (after, others)]
-    return _measurement(both, rates, rows, figures)
-
-
-# --- Scenes with one thing changed -----------------------------------------------------------------------------------
-
-
-def recoloured(scene: Scene, config: ScenesConfig, draw: Callable[[], float]) -> Scene:
-    """One object in another colour; a held-out scene where there is one."""
-    which = int(draw() * len(scene.objects))
-    old = scene.objects[which].colour
-    colours = [colour for colour in config.colour_names if colour not in (old, scene.background)]
-    return _choose([_exchange(scene, which, colour=colour) for colour in colours], config, draw)
-
-
-def with_another_object(
-    scene: Scene, config: ScenesConfig, draw: Callable[[], float], *, unlike: Scene | None = None
-) -> Scene:
-    """The first object replaced by another of another colour, also another than in `unlike`; held out if possible."""
-    names = {thing.name for thing in (*scene.objects, *(unlike.objects if unlike else ()))}
-    choices = [
-        _exchange(scene, 0, name=name, colour=colour)
-        for name in config.object_names
-        for colour in config.colour_names
-        if name not in names and colour not in (scene.objects[0].colour, scene.background)
-    ]
-    return _choose(choices, config, draw)
-
-
-def on_another_background(scene: Scene, config: ScenesConfig, draw: Callable[[], float]) -> Scene:
-    """The same objects on another background; held out if possible."""
-    taken = {scene.background, *(thing.colour for thing in scene.objects)}
-    grounds = [ground for ground in config.background_names if ground not in taken]
-    return _choose([replace(scene, background=ground) for ground in grounds], config, draw)
-
-
-def rearranged(scene: Scene, config: ScenesConfig, draw: Callable[[], float]) -> Scene:
-    """The same objects, of the same sizes and in the same relation, at other places."""
-
-    def moved(other: Scene) -> float:
-        pairs = zip(scene.objects, other.objects, strict=True)
-        return min(math.dist(_centre(old), _centre(new)) for old, new in pairs)
-
-    return max((_place(config, scene, draw) for _ in range(_PLACEMENTS)), key=moved)
-
-
-def _centre(thing: SceneObject) -> tuple[float, float]:
-    left, top, side = thing.box
-    return left + side / 2, top + side / 2
-
-
-def _exchange(scene: Scene, which: int, **values: str) -> Scene:
-    things = list(scene.objects)
-    things[which] = replace(things[which], **values)  # type: ignore[arg-type]
-    return replace(scene, objects=tuple(things))
-
-
-def _choose(choices: Sequence[Scene], config: ScenesConfig, draw: Callable[[], float]) -> Scene:
-    preferred = [scene for scene in choices if is_held_out(config, scene)] or choices
-    return preferred[int(draw() * len(preferred))]
-
-
-# --- Holes -----------------------------------------------------------------------------------------------------------
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
-
-
-def hole_over(scene: Scene, resolution: int) -> Box:
-    """The box of the first object, grown by half the gap between objects, so that it touches no other."""
-    left, top, side = scene.objects[0].pixels(resolution)
-    by = max(1, int(GAP / 2 * resolution))
-    return max(0, left - by), max(0, top - by), min(resolution, left + side + by), min(resolution, top + side + by)
-
-
-def _mask(exam: Exam, hole: Box) -> Image.Image:
-    mask = Image.new("L", (exam.resolution, exam.resolution))
-    mask.paste(255, hole)
-    return mask
-
-
-def _alone(picture: Image.Image, hole: Box, scene: Scene) -> Image.Image:
-    """The hole's content on the scene's plain background."""
-    canvas = Image.new("RGB", picture.size, PALETTE[scene.background])
-    canvas.paste(picture.crop(hole), hole)
-    return canvas
-
-
-def _only_first(scene: Scene) -> Scene:
-    return replace(scene, objects=scene.objects[:1], relation=None)
-
-
-def _same_outside(picture: Image.Image, given: Image.Image, mask: Image.Image) -> bool:
-    outside = np.asarray(mask) == 0
-    return np.array_equal(np.asarray(picture)[outside], np.asarray(given)[outside])
-
-
-def _continues(picture: Image.Image, hole: Box, scene: Scene) -> bool:
-    pixels = np.asarray(picture.crop(hole), dtype=np.float32)
-    width = max(1, picture.width // 48)
-    edge = np.ones(pixels.shape[:2], dtype=bool)
-    edge[width:-width, width:-width] = False
-    return float(np.linalg.norm(np.median(pixels[edge], axis=0) - PALETTE[scene.background])) < _CLOSE
-
-
-def _names_in_hole(picture: Image.Image, hole: Box, scene: Scene, config: ScenesConfig) -> list[str]:
-    """The objects in the hole, `NOTHING` for what is like none; [] for plain background."""
-    pixels = _pixels(_alone(picture, hole, scene))
-    return [found.name for found in _find_shapes(pixels, *find_background(pixels, config), config)]
-
-
-def _seams(pictures: Sequence[Image.Image], masks: Sequence[Image.Image], prefix: str = "") -> dict[str, float]:
-    figures = [seam_gradient(picture, mask) for picture, mask in zip(pictures, masks, strict=True)]
-    return {
-        f"{prefix}seam_gradient": float(np.mean([figure.seam for figure in figures])),
-        f"{prefix}image_gradient": float(np.mean([figure.image for figure in figures])),
-    }
-
-
-# --- Figures and rows of the grid ------------------------------------------------------------------------------------
-
-
-def _rates(
-    answers: Sequence[_T],
-    judge: Callable[[int, _T], _Answers],
-    default: tuple[str, ...],
-    needs: Mapping[str, tuple[str, ...]] | None = None,
-) -> dict[str, Rate]:
-    """The means of `judge(task, answer)`, beside those with the next task's answer; None = the task says nothing."""
-    own = [judge(i, answer) for i, answer in enumerate(answers)]
-    shuffled = [judge(i, answers[(i + 1) % len(answers)]) for i in range(len(answers))]
-    rates = {}
-    for name in own[0]:
-        both = [(task[name], other[name]) for task, other in zip(own, shuffled, strict=True) if task[name] is not None]
-        if both:
-            pairs = [mine if isinstance(mine, tuple) else (mine, theirs) for mine, theirs in both]
-            values = np.array(pairs, dtype=np.float64)  # [tasks, 2]
-            value, baseline = values.mean(axis=0).tolist()
-            error = float((values[:, 0] - values[:, 1]).std() / math.sqrt(len(values)))
-            rates[name] = Rate(value, baseline, error, len(values), (needs or {}).get(name, default))
-    return rates
+    rates = rates_of(list(zip(before, after, strict=True)), judge, both, {"outside_identical": ("inpainting",)})
+    figures = {**mean_seams(before, masks), **mean_seams(exam.images(targets), masks, "true_")}
+    rows = [*hole_rows(given, masks, before, prompts), (after, others)]
+    return measurement_of(both, rates, rows, figures)
 
 
 def _overlaps(exam: Exam, given: Sequence[Image.Image], found: Sequence[Array]) -> list[list[float]]:
@@ -508,45 +312,6 @@ def _follows(overlap: list[list[float]]) -> bool:
 
 def _prompts(scenes: Sequence[Scene]) -> list[str]:
     return [caption(scene) for scene in scenes]
-
-
-Row = tuple[Sequence[Image.Image], Sequence[str]]  # pictures and captions, one for each task
-
-
-def _measurement(
-    conditions: tuple[str, ...], rates: dict[str, Rate], rows: Sequence[Row], figures: dict[str, float] | None = None
-) -> Measurement:
-    columns = min(SHOWN, len(rows[0][0]))
-    name = "+".join(conditions)
-    shown = [
-        (picture, f"[{name}] {words}")
-        for pictures, captions in rows
-        for picture, words in list(zip(pictures, captions, strict=True))[:columns]
-    ]
-    return Measurement(conditions, rates, figures or {}, tuple(shown), columns)
-
-
-def _coloured(maps: Sequence[Image.Image]) -> list[Image.Image]:
-    return [map_picture(indices) for indices in maps]
-
-
-def _map_rows(
-    maps: Sequence[Image.Image], drawn: Sequence[Image.Image], captions: Sequence[str] | None = None
-) -> list[Row]:
-    return [(_coloured(maps), ["map"] * len(maps)), (drawn, captions or ["drawn"] * len(maps))]
-
-
-def _hole_rows(
-    given: Sequence[Image.Image],
-    masks: Sequence[Image.Image],
-    drawn: Sequence[Image.Image],
-    captions: Sequence[str] | None = None,
-) -> list[Row]:
-    holed = [Image.composite(Image.new("RGB", m.size, _HOLE), i, m) for i, m in zip(given, masks, strict=True)]
-    return [(holed, ["given"] * len(holed)), (drawn, captions or ["drawn"] * len(holed))]
-
-
-# --- Checks ----------------------------------------------------------------------------------------------------------
 
 
 def _check_names(names: Collection[str], config: ScenesConfig) -> None:

@@ -50,13 +50,16 @@ class PipelineDrawer:
         with tqdm(total=len(seeds), desc=f"drawing from {told}", unit="image") as progress:
             for first in range(0, len(seeds), self.batch_size):
                 part = slice(first, first + self.batch_size)
+                conditions: dict[str, Any] = {
+                    name: None if value is None else list(value[part]) for name, value in given.items()
+                }
                 drawn += self.pipeline(
                     list(prompt[part]),
                     num_inference_steps=self.num_inference_steps,
                     guidance_scale=guidance_scale,
                     scheduler=self.scheduler,
                     seed=list(seeds[part]),
-                    **{name: None if value is None else list(value[part]) for name, value in given.items()},
+                    **conditions,
                 ).images
                 progress.update(len(seeds[part]))
         return drawn

@@ -18,14 +18,14 @@ from ldm.data.scenes import ScenesConfig
 from ldm.errors import UserError
 from ldm.evaluation.scenes import (
     Array,
-    _components,
-    _distances,
-    _grown,
-    _peaks,
-    _pixels,
-    _shape_bank,
-    _sides,
+    colour_distances,
+    connected_parts,
     find_background,
+    grown_by_one,
+    match_peaks,
+    object_sides,
+    pixels_of,
+    shape_bank,
 )
 
 
@@ -38,14 +38,14 @@ def recover_map(image: Image.Image, config: ScenesConfig) -> Array:
     Raises `UserError` for emoji and `ValueError` if the picture is not square.
     """
     check_shapes(config)
-    pixels = _pixels(image)  # at most 64 px a side, enough to tell shapes apart
+    pixels = pixels_of(image)  # at most 64 px a side, enough to tell shapes apart
     background, colour = find_background(pixels, config)
     contrast = np.linalg.norm(pixels - colour, axis=2)
     whole = np.linalg.norm(np.asarray(image.convert("RGB"), dtype=np.float32) - colour, axis=2)  # [H, W]
     result = np.zeros(whole.shape, dtype=np.uint8)
     most = np.zeros(whole.shape, dtype=np.float32)
     for part, ink in _parts(contrast, background, config):
-        around = _grown(part)
+        around = grown_by_one(part)
         number = _class_of(np.clip(contrast / ink, 0, 1) * around, config)
         enlarged = Image.fromarray(around).resize(image.size, Image.Resampling.NEAREST)
         coverage = np.clip(whole / ink, 0, 1) * np.asarray(enlarged, dtype=np.float32)  # [H, W]
@@ -70,9 +70,9 @@ def _parts(contrast: Array, background: str, config: ScenesConfig) -> Iterator[t
     What counts as different, and how small a part is noise, is as in the scorer.
     """
     candidates = [name for name in config.colour_names if name != background]
-    nearest = _distances(np.array([PALETTE[background]], dtype=np.float32), candidates).min()
-    areas = _shape_bank(config.object_names, _sides(config, len(contrast))[0], len(contrast))[2]
-    for part in _components(contrast > min(60.0, nearest / 2)):
+    nearest = colour_distances(np.array([PALETTE[background]], dtype=np.float32), candidates).min()
+    areas = shape_bank(config.object_names, object_sides(config, len(contrast))[0], len(contrast))[2]
+    for part in connected_parts(contrast > min(60.0, nearest / 2)):
         if part.sum() > 0.4 * areas.min():
             inside = contrast[part]
             yield part, float(np.median(inside[inside >= np.median(inside)]))  # free of antialiased edges
@@ -83,9 +83,9 @@ def _class_of(coverage: Array, config: ScenesConfig) -> int:
     resolution = len(coverage)
     spectrum, energy = np.fft.rfft2(coverage), float((coverage**2).sum())
     best, most = 0, -1.0
-    for side in _sides(config, resolution):
-        templates, squares, _ = _shape_bank(config.object_names, side, resolution)
-        overlap, _, _ = _peaks(spectrum * templates, side, resolution)
+    for side in object_sides(config, resolution):
+        templates, squares, _ = shape_bank(config.object_names, side, resolution)
+        overlap, _, _ = match_peaks(spectrum * templates, side, resolution)
         dice = 2 * overlap / (energy + squares)
         if dice.max() > most:
             best, most = int(dice.argmax()) + 1, float(dice.max())

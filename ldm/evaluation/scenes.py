@@ -62,9 +62,9 @@ class SceneScore:
 
 def score_image(image: Image.Image, scene: Scene, config: ScenesConfig) -> SceneScore:
     """Compare a square picture with the scene that it should show. Raises `ValueError` if it is not square."""
-    pixels = _pixels(image)
+    pixels = pixels_of(image)
     background, colour = find_background(pixels, config)
-    finder = _find_shapes if config.kind == "shapes" else _find_emoji
+    finder = find_shapes if config.kind == "shapes" else _find_emoji
     pairs = _assign(scene, finder(pixels, background, colour, config))
     seen = [(thing, found) for thing, found in pairs if found is not None]
     full = len(seen) == len(pairs)
@@ -136,7 +136,7 @@ def confusion_table(matrix: dict[str, dict[str, int]], largest: int = 16) -> str
 # --- Parts of a picture ----------------------------------------------------------------------------------------------
 
 
-def _pixels(image: Image.Image) -> Array:
+def pixels_of(image: Image.Image) -> Array:
     """RGB values 0 to 255, [side, side, 3]."""
     if image.width != image.height:
         raise ValueError(f"image: found {image.width} x {image.height}; scenes are square; score them uncropped")
@@ -153,31 +153,31 @@ def find_background(pixels: Array, config: ScenesConfig) -> tuple[str, Array]:
     inner[width:-width, width:-width] = False
     border = pixels[inner]  # [pixels, 3]
     names = config.background_names
-    nearest = _distances(border, names).argmin(axis=1)
+    nearest = colour_distances(border, names).argmin(axis=1)
     winner = int(np.bincount(nearest, minlength=len(names)).argmax())
     return names[winner], np.median(border[nearest == winner], axis=0)
 
 
-def _distances(colours: Array, names: Sequence[str]) -> Array:
+def colour_distances(colours: Array, names: Sequence[str]) -> Array:
     """RGB distances [pixels, names] of colours [pixels, 3] from those of the palette."""
     palette = np.array([PALETTE[name] for name in names], dtype=np.float32)
     return np.linalg.norm(colours[:, None] - palette, axis=2)
 
 
-def _find_shapes(pixels: Array, background: str, colour: Array, config: ScenesConfig) -> list[Found]:
+def find_shapes(pixels: Array, background: str, colour: Array, config: ScenesConfig) -> list[Found]:
     """The connected parts that differ from the background, the largest contrast first."""
     candidates = [name for name in config.colour_names if name != background]
     contrast = np.linalg.norm(pixels - colour, axis=2)  # [H, W]
-    nearest = _distances(np.array([PALETTE[background]], dtype=np.float32), candidates).min()
-    areas = _shape_bank(config.object_names, _sides(config, len(pixels))[0], len(pixels))[2]
-    parts = [part for part in _components(contrast > min(60.0, nearest / 2)) if part.sum() > 0.4 * areas.min()]
+    nearest = colour_distances(np.array([PALETTE[background]], dtype=np.float32), candidates).min()
+    areas = shape_bank(config.object_names, object_sides(config, len(pixels))[0], len(pixels))[2]
+    parts = [part for part in connected_parts(contrast > min(60.0, nearest / 2)) if part.sum() > 0.4 * areas.min()]
     parts.sort(key=lambda part: float(contrast[part].sum()), reverse=True)
     found = []
     for part in parts[: config.max_objects]:
         core = np.median(pixels[part & (contrast >= np.median(contrast[part]))], axis=0)  # free of antialiased edges
-        name = candidates[int(_distances(core[None], candidates).argmin())]
+        name = candidates[int(colour_distances(core[None], candidates).argmin())]
         ray = core - colour
-        coverage = np.clip((pixels - colour) @ ray / (ray @ ray), 0, 1) * _grown(part)  # [H, W]
+        coverage = np.clip((pixels - colour) @ ray / (ray @ ray), 0, 1) * grown_by_one(part)  # [H, W]
         found.append(_best_shape(coverage, name, config))
     return found
 
@@ -187,9 +187,9 @@ def _best_shape(coverage: Array, colour: str, config: ScenesConfig) -> Found:
     resolution = len(coverage)
     spectrum, energy = np.fft.rfft2(coverage), float((coverage**2).sum())
     best = Found(NOTHING, colour, 0.5, 0.5, 0.0, 0.0)
-    for side in _sides(config, resolution):
-        templates, squares, _ = _shape_bank(config.object_names, side, resolution)
-        overlap, left, top = _peaks(spectrum * templates, side, resolution)
+    for side in object_sides(config, resolution):
+        templates, squares, _ = shape_bank(config.object_names, side, resolution)
+        overlap, left, top = match_peaks(spectrum * templates, side, resolution)
         dice = 2 * overlap / (energy + squares)
         i = int(dice.argmax())
         if dice[i] > best.match:
@@ -219,10 +219,10 @@ def _best_emoji(residual: Array, background: Array, config: ScenesConfig) -> Fou
     spectra = np.fft.rfft2(residual, axes=(0, 1)).transpose(2, 0, 1)  # [3, H, W/2+1]
     spectra = np.concatenate([spectra, -np.tensordot(background, spectra, 1)[None]]).astype(np.complex64)
     best, most, strength = None, 0.0, 0.0
-    for side in _sides(config, resolution):
+    for side in object_sides(config, resolution):
         templates, moments = _emoji_bank(config.object_names, side, resolution)
         squares = moments @ np.array([1.0, *(-2 * background), background @ background])  # |D|^2, [N]
-        overlap, left, top = _peaks(np.einsum("nchw,chw->nhw", templates, spectra), side, resolution)
+        overlap, left, top = match_peaks(np.einsum("nchw,chw->nhw", templates, spectra), side, resolution)
         explained = np.maximum(overlap, 0) ** 2 / squares
         i = int(explained.argmax())
         if explained[i] > most:
@@ -239,7 +239,7 @@ def _found(name: str, colour: str | None, left: int, top: int, side: int, resolu
     return Found(name, colour, (left + side / 2) / resolution, (top + side / 2) / resolution, side / resolution, match)
 
 
-def _peaks(products: Array, side: int, resolution: int) -> tuple[Array, Array, Array]:
+def match_peaks(products: Array, side: int, resolution: int) -> tuple[Array, Array, Array]:
     """Of correlations with spectra [N, H, W/2+1]: the greatest value, and the left and top where it is, each [N]."""
     span = resolution - side + 1  # corners at which the template lies inside the picture
     correlation = np.fft.irfft2(products, s=(resolution, resolution))[:, :span, :span].reshape(len(products), -1)
@@ -250,14 +250,14 @@ def _peaks(products: Array, side: int, resolution: int) -> tuple[Array, Array, A
 # --- Templates -------------------------------------------------------------------------------------------------------
 
 
-def _sides(config: ScenesConfig, resolution: int) -> list[int]:
+def object_sides(config: ScenesConfig, resolution: int) -> list[int]:
     """The sides in pixels that the config's objects can have, ascending."""
     ranges = config.size_ranges().values()
     return sorted({side for low, high in ranges for side in range(int(low * resolution), int(high * resolution) + 1)})
 
 
 @lru_cache(maxsize=256)
-def _shape_bank(names: tuple[str, ...], side: int, resolution: int) -> tuple[Array, Array, Array]:
+def shape_bank(names: tuple[str, ...], side: int, resolution: int) -> tuple[Array, Array, Array]:
     """Conjugate spectra of the coverages [N, H, W/2+1], their sums of squares [N] and their areas [N]."""
     masks = np.stack([np.asarray(shape_mask(name, side), dtype=np.float32) / 255 for name in names])
     spectra = np.fft.rfft2(masks, s=(resolution, resolution)).conj().astype(np.complex64)
@@ -281,17 +281,17 @@ def _emoji_bank(names: tuple[str, ...], side: int, resolution: int) -> tuple[Arr
 # --- Regions ---------------------------------------------------------------------------------------------------------
 
 
-def _components(mask: Array) -> list[Array]:
+def connected_parts(mask: Array) -> list[Array]:
     """The 8-connected parts of a mask [H, W], each a mask."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # every pixel takes its neighbours' greatest label until nothing changes
-        spread = np.where(mask, _grown(labels), 0)
+        spread = np.where(mask, grown_by_one(labels), 0)
         if np.array_equal(spread, labels):
             return [labels == label for label in np.unique(labels) if label]
         labels = spread
 
 
-def _grown(values: Array) -> Array:
+def grown_by_one(values: Array) -> Array:
     """The greatest of every value [H, W] and its eight neighbours; a mask with all pixels that touch it."""
     padded = np.pad(values, 1)
     rows = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])

@@ -11,10 +11,12 @@ from small import LDM, VAE, checkpoint_tensors, losses
 
 def stages(small_autoencoder):
     latent = {**LDM, "autoencoder": str(small_autoencoder)}
+    conditions = {**LDM["conditions"], "semantic": {"channels": 3}, "inpainting": {"masks": "large"}}
     return {
         "vae": ("vae", VAE),
         "ldm with cache": ("ldm", latent),
         "ldm without cache": ("ldm", {**latent, "cache": {"enabled": False}}),
+        "ldm with maps and masks": ("ldm", {**latent, "conditions": conditions}),
     }
 
 
@@ -28,7 +30,7 @@ def assert_same_run(straight, resumed, steps):
     assert losses(straight) == losses(resumed)
 
 
-@pytest.mark.parametrize("case", ["vae", "ldm with cache", "ldm without cache"])
+@pytest.mark.parametrize("case", ["vae", "ldm with cache", "ldm without cache", "ldm with maps and masks"])
 def test_kill_9_and_resume_is_bit_exact(commands, small_autoencoder, case):
     stage, values = stages(small_autoencoder)[case]
     config = commands.write_config("config.yaml", {**values, "out": "unused"})

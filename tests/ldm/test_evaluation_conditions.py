@@ -25,18 +25,13 @@ from ldm.data.scene_rendering import (
 )
 from ldm.data.scenes import ScenesConfig, is_held_out, scene_at
 from ldm.errors import UserError
-from ldm.evaluation.conditions import (
-    CONDITIONS,
-    ConditionsReport,
-    hole_over,
-    measure_conditions,
-    on_another_background,
-    rearranged,
-    recoloured,
-    with_another_object,
-)
+from ldm.evaluation.condition_report import ConditionsReport
+from ldm.evaluation.conditions import measure_conditions
 from ldm.evaluation.maps import recover_map
+from ldm.evaluation.scene_edits import on_another_background, rearranged, recoloured, with_another_object
+from ldm.evaluation.scene_holes import hole_over
 from ldm.evaluation.scenes import find_background
+from ldm.guidance import CONDITIONS
 
 ONE = ScenesConfig(
     objects=("circle", "square", "triangle", "cross", "ring"),

@@ -250,11 +250,11 @@ def test_the_confusion_matrix_and_its_table() -> None:
 def test_objects_are_located_to_the_pixel() -> None:
     scene = Scene("shapes", "white", (SceneObject("star", "red", "large", (0.25, 0.125, 0.375)),), None, True)
     from ldm.evaluation.scenes import (
-        _find_shapes,
+        find_shapes,
     )  # the finder is private; where it finds things feeds sizes and relations
 
     pixels = np.asarray(render_image(scene, 64), dtype=np.float32)
-    (found,) = _find_shapes(pixels, *find_background(pixels, TWO), TWO)
+    (found,) = find_shapes(pixels, *find_background(pixels, TWO), TWO)
     assert (found.name, found.colour) == ("star", "red")
     assert (found.x, found.y, found.side) == pytest.approx((0.25 + 0.1875, 0.125 + 0.1875, 0.375))
     assert found.match == pytest.approx(1, abs=0.01)
