@@ -15,35 +15,23 @@ def main() -> int:
 
 def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     """Build what the config names, train it, and write the finished pipeline."""
-    from autoencoder.model import downsampling_factor, latent_channels, load_autoencoder
     from ldm.config import claim_run_folder, load
     from ldm.data.latent_cache import Share, cached_latents
     from ldm.data.sources import open_source
-    from ldm.errors import user_input
-    from ldm.randomness import seed_weights
-    from ldm.training.conditions import build_conditioned_unet, build_encoders, wanted_of
+    from ldm.training.conditions import wanted_of
     from ldm.training.loop import open_quarantine, train, training_batches
+    from ldm.training.networks import build_networks
     from ldm.training.run import describe_parameters, open_run
     from ldm.training.stage2 import DiffusionStage, Stage2Config
 
     config = load(Stage2Config, config_path, overrides)
     source = open_source(config.data)
     validation_source = open_source(config.validation_data) if config.validation_data else source
-    with user_input("autoencoder"):
-        autoencoder = load_autoencoder(config.autoencoder)
     folder = Path(config.out)
     run = open_run(folder, config.seed, config.runtime, config.training.keep_checkpoints)
-
-    seed_weights(config.seed)
-    encoders = build_encoders(config.conditions, source, config.unet.pretrained)
-    unet = build_conditioned_unet(
-        config.unet,
-        config.conditions,
-        encoders,
-        latent_channels=latent_channels(autoencoder),
-        sample_size=config.data.resolution // downsampling_factor(autoencoder),
-    )
-    stage = DiffusionStage(config, run, autoencoder, encoders, unet, validation_source)
+    nets = build_networks(config, source)
+    encoders, unet = nets.encoders, nets.unet
+    stage = DiffusionStage(config, run, nets.autoencoder, encoders, unet, nets.noise, validation_source)
     run.say(describe_parameters("U-Net", unet))
     run.say(describe_parameters(f"conditions ({', '.join(config.conditions.dropouts()) or 'none'})", encoders))
     reader = None
@@ -51,7 +39,7 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
         accelerator = run.accelerator
         share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
         cache_folder = Path(config.cache.folder) if config.cache.folder else folder / "latents"
-        reader = cached_latents(cache_folder, source, config.data, autoencoder, config.cache, share)
+        reader = cached_latents(cache_folder, source, config.data, nets.autoencoder, config.cache, share)
     wanted = wanted_of(config.conditions, encoders)
     batches = training_batches(source, config.data, config.training, run, reader, wanted)
     # Only now, as all that the config names has been found: a run that never began binds nobody to its config.

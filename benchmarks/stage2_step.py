@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from autoencoder import AutoencoderConfig, build_autoencoder, encode, to_unet
 from autoencoder.latents import Moments
-from conditioning.conditions import Conditions
+from conditioning.encoders import ConditionEncoders, ConditionInputs
 from ldm.device import choose_device
 from ldm.noise import NoiseConfig, NoiseSchedule
 from ldm.objective import ObjectiveConfig
@@ -68,7 +68,7 @@ class Bench:
         unet = build_unet(preset.unet, latent_channels=channels, context_width=width, sample_size=side)
         noise = NoiseConfig()
         schedule = NoiseSchedule.from_config(noise).to(device)
-        self.step = DiffusionStep(unet, None, noise, ObjectiveConfig(), schedule).to(device)
+        self.step = DiffusionStep(unet, ConditionEncoders(), noise, ObjectiveConfig(), schedule).to(device)
         for module in (self.step, self.autoencoder):
             nn.Module.to(module, memory_format=memory_format)
         self.optimiser = torch.optim.AdamW(self.step.parameters(), lr=1e-5, fused=True)
@@ -77,7 +77,7 @@ class Bench:
         self.images = self.images.contiguous(memory_format=memory_format)
         self.noise = torch.randn(batch, channels, side, side, device=device)
         self.timesteps = torch.randint(0, 1000, (batch,), device=device)
-        self.conditions = Conditions(context=torch.randn(batch, *preset.context, device=device))
+        self.inputs = ConditionInputs(context=torch.randn(batch, *preset.context, device=device))
         self.moments = self.encode()
 
     @torch.no_grad()
@@ -95,7 +95,7 @@ class Bench:
         moments = self.moments if cached else self.encode()
         latents: Tensor = to_unet(self.autoencoder, moments.sample(self.noise))
         with self.autocast():
-            loss = self.step(latents, self.noise, self.timesteps, self.conditions, None).mean()
+            loss = self.step(latents, self.noise, self.timesteps, self.inputs).mean()
         loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad()

@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from conditioning.clip_tokenizer import VOCABULARY_SIZE, clean, clip_vocabulary_tokenizer
 from conditioning.folders import pretrained_location
 
-EncoderKind = Literal["clip", "openclip", "trained", "none"]
+EncoderKind = Literal["clip", "openclip", "trained", "model", "none"]
 Layer = Literal["last", "penultimate"]
 
 
@@ -25,7 +25,7 @@ class TextConfig:
     `clip`: `pretrained` is a folder or hub id in transformers' form, alone or inside a Stable Diffusion folder.
     `openclip`: `pretrained` is a local .safetensors file, or one of open_clip's pretrained tags, which is downloaded;
     `architecture` is open_clip's model name, such as ViT-H-14. `trained`: a new CLIP tower of `width`, `layers`,
-    `heads` and `length`, trained with the U-Net. `none`: no text.
+    `heads` and `length`, trained with the U-Net. `model`: that of the model which is trained further. `none`: no text.
 
     `layer` None is the usual one: penultimate for openclip (as Stable Diffusion 2), last for the others. `length` is
     the tokens a caption is padded or cut to, at most 77 for pretrained encoders. `dropout` is the share of captions
@@ -160,8 +160,8 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
 
     Raises ValueError for encoder `none`, and ValueError or OSError when a pretrained one is missing or does not fit.
     """
-    if config.encoder == "none":
-        raise ValueError("encoder: found none; there is no text encoder to build; leave it None")
+    if config.encoder in ("none", "model"):
+        raise ValueError(f"encoder: found {config.encoder}; there is no text encoder to build; leave it None")
     if config.encoder == "trained":
         return TextEncoder(clip_vocabulary_tokenizer(config.length), _new_tower(config))
     if config.encoder == "openclip":

@@ -6,12 +6,14 @@ Every function takes networks that may be None (a model without text) and ones w
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import peft
 import torch
+from peft.functional import cast_adapter_dtype
 from peft.tuners.lora.layer import LoraLayer as PeftLayer
 from torch import Tensor, nn
 
@@ -65,7 +67,11 @@ def inject(network: nn.Module, name: str, settings: dict[str, Any], *, trained: 
     # One expression for exactly these modules: of a list peft also takes what merely ends in one.
     exactly = "|".join(re.escape(module) for module in settings["target_modules"])
     config = peft.LoraConfig(**{**settings, "target_modules": f"({exactly})"}, inference_mode=not trained)
-    peft.inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=not trained)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what we want
+        peft.inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=not trained)
+    if trained:
+        cast_adapter_dtype(network, name)
     new = {id(p): trained for layer in lora_layers(network).values() for p in _parameters(layer, name)}
     _activate_all(network, flags | new)
 

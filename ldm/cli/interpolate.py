@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Check, find the points, draw the frames, write."""
     kind = kind_of(arguments)
     check_at_least(arguments, 2, "frames")
+    if kind == "images":
+        check_at_least(arguments, 2, "steps")  # from one step alone no noise can be told
     if not 1 <= arguments.fps <= MOST_FRAMES_PER_SECOND:
         raise UserError(f"--fps: found {arguments.fps:g}; allowed is 1 to {MOST_FRAMES_PER_SECOND}")
     height, width = parse_size(arguments.size)

@@ -31,6 +31,7 @@ class Hints:
         text_activation: else quick_gelu in transformers' layout (Stable Diffusion 1), gelu in open_clip's (2).
         text_blocks: how many blocks of an open_clip text tower make the context; else all but the last, and all where
             that last one is left out of the file (23 blocks of width 1024, as diffusers' own script writes them).
+        text_length: tokens that a prompt is padded or cut to; else as many as the tower has positions.
         scaling_factor: of the latents; else the file's own `scale_factor`, else 0.18215.
         sample_size: side of the latents drawn unasked, or (height, width). Else by `modelspec.resolution`, else 512
             pixels, 768 for a Stable Diffusion 2 that predicts v.
@@ -45,11 +46,12 @@ class Hints:
     text_heads: int | None = None
     text_activation: Activation | None = None
     text_blocks: int | None = None
+    text_length: int | None = None
     scaling_factor: float | None = None
     sample_size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("norm_groups", "vae_norm_groups", "text_heads", "text_blocks"):
+        for name in ("norm_groups", "vae_norm_groups", "text_heads", "text_blocks", "text_length"):
             self._check(name, _is_count(getattr(self, name)), "a whole number from 1")
         self._check("heads", isinstance(self.heads, tuple) and all(map(_is_count, self.heads)), "one number a level")
         size = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
@@ -101,7 +103,7 @@ def _from_json(text: str) -> dict[str, Any]:
         raise ValueError("found no table")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
     if values.get("noise") is not None:
-        values["noise"] = NoiseConfig(**values["noise"])
+        values["noise"] = NoiseConfig(**dict(said["noise"]))
     return values
 
 

@@ -56,7 +56,8 @@ def to_ours(
             last_key, tensor = place.key, read(place.key)
         index, count = place.part
         part = tensor.chunk(count)[index].reshape(shapes[name])
-        weights[name] = part.to(torch.float32, copy=count > 1).contiguous()
+        # A copy even in float32: the file's own memory may lie unaligned, and then sums differ in the last bit.
+        weights[name] = part.to(torch.float32, copy=True).contiguous()
     return weights
 
 

@@ -82,7 +82,7 @@ def empty_text_model(shapes: Mapping[str, Shape], hints: Hints, layout: TextLayo
 
 
 def text_layout_of(shapes: Mapping[str, Shape]) -> tuple[TextLayout, str]:
-    """(layout, prefix) of a checkpoint's text tower. Raises ValueError when there is none of Stable Diffusion 1 or 2."""
+    """(layout, prefix) of a checkpoint's text tower. Raises ValueError for none of Stable Diffusion 1 or 2."""
     layouts: tuple[tuple[TextLayout, str], ...] = (
         ("transformers", TRANSFORMERS_PREFIXES[0]),
         ("openclip", OPENCLIP_PREFIX),

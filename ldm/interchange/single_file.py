@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from conditioning.clip_tokenizer import VOCABULARY_SIZE, clip_vocabulary_tokenizer
 from conditioning.text import TextEncoder
-from ldm.errors import UserError, user_input
+from ldm.errors import user_input
 from ldm.interchange import keys_unet, keys_vae
 from ldm.interchange.hints import Hints, hints_of_header
 from ldm.interchange.keys import fits, to_ours
-from ldm.interchange.keys_text import TextLayout
+from ldm.interchange.keys_text import BLOCKS, OPENCLIP_PREFIX, TextLayout
 from ldm.interchange.parts import (
     Part,
     empty_text_model,
@@ -37,9 +39,10 @@ STANDARD_NOISE = NoiseConfig(schedule="scaled_linear", prediction="epsilon", bet
 _NOT_READ = re.compile(
     r"model_ema\..*|global_step|(alphas_|betas|sqrt_|log_one_minus_|posterior_|logvar|lvlb_weights|scale_factor).*|"
     r"first_stage_model\.loss\..*|cond_stage_model\.model\.(logit_scale|text_projection|attn_mask)|"
-    r"cond_stage_model\.model\.transformer\.resblocks\..*|cond_stage_model\.transformer\..*position_ids"
+    r"cond_stage_model\.transformer\..*position_ids"
 )
-"""What published checkpoints hold beside the networks: running averages, noise tables, a loss, a last text block."""
+"""What published checkpoints hold beside the networks: running averages, noise tables, a loss, text projections."""
+_BLOCK = re.compile(re.escape(OPENCLIP_PREFIX + BLOCKS) + r"(\d{1,4})\..*")
 _V_MARK = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_DEVIATION = 0.09
 
@@ -65,10 +68,13 @@ def read_single_file(path: str | Path, *, allow_pickle: bool = False, hints: Hin
         _check_tensors(file, parts)
         _check_fit(unet, vae, text)
         noise = _noise_config(file, unet, hints)
+        length = hints.text_length or text.network.config.max_position_embeddings
+        if not 3 <= length <= text.network.config.max_position_embeddings:
+            raise ValueError(f"found {length} tokens of text; allowed is 3 up to the tower's positions")
         unet.network.register_to_config(sample_size=_sample_size(file, vae, noise, layout, hints))
         scheduler = make_scheduler(hints.scheduler or "dpm++", noise)
         networks = [part.load(to_ours(part.places, file.read, part.shapes)) for part in parts]
-    return Components(networks[1], networks[0], scheduler, _text_encoder(networks[2], layout))
+    return Components(networks[1], networks[0], scheduler, _text_encoder(networks[2], layout, length))
 
 
 def _check_kind(file: WeightFile) -> None:
@@ -94,11 +100,18 @@ def _check_tensors(file: WeightFile, parts: Sequence[Part]) -> None:
         if not fits(file.shapes[key], shape) or key not in file.numbers:
             kind = "" if key in file.numbers else " of whole numbers"
             raise ValueError(f"found {key} {list(file.shapes[key])}{kind}; allowed beside the others is {list(shape)}")
-    left = [key for key in file.shapes if key not in stored and not _NOT_READ.fullmatch(key)]
+    blocks = parts[2].network.config.num_hidden_layers
+    left = [key for key in file.shapes if key not in stored and not _is_known(key, blocks)]
     if strange := [key for key in left if key.startswith((keys_unet.PREFIX, keys_vae.PREFIX))]:
         raise ValueError(f"unexpected are {_some(strange, 'tensors')}; allowed is a plain text-to-image model")
     if left:
         logger.warning("%s: not read are %s", file.path, _some(left, "unexpected tensors"))
+
+
+def _is_known(key: str, blocks: int) -> bool:
+    """Whether it is known not to matter, as the blocks of an open_clip tower behind the first `blocks`."""
+    block = _BLOCK.fullmatch(key)
+    return int(block[1]) >= blocks if block else bool(_NOT_READ.fullmatch(key))
 
 
 def _some(keys: Sequence[str], what: str) -> str:
@@ -121,8 +134,8 @@ def _check_fit(unet: Part, vae: Part, text: Part) -> None:
         )
     if text.network.config.vocab_size != VOCABULARY_SIZE:
         raise ValueError(
-            f"found a vocabulary of {text.network.config.vocab_size} tokens; allowed is CLIP's {VOCABULARY_SIZE}, since "
-            "the file holds no tokenizer; use a folder"
+            f"found a vocabulary of {text.network.config.vocab_size} tokens; allowed is CLIP's {VOCABULARY_SIZE}, "
+            "since the file holds no tokenizer; use a folder"
         )
 
 
@@ -144,15 +157,23 @@ def _noise_config(file: WeightFile, unet: Part, hints: Hints) -> NoiseConfig:
 
 
 def _guessed_prediction(file: WeightFile, unet: Part) -> PredictionType:
-    """ComfyUI's rule (comfy/supported_models.py, SD20): the two Stable Diffusion 2 differ in how one bias spreads."""
-    config = unet.network.config
-    if config.cross_attention_dim != 1024 or config.in_channels != 4 or _V_MARK not in file.numbers:
+    guess = guess_from(unet, lambda key: file.read(key) if key in file.numbers else None)
+    if guess is None:
         return "epsilon"
-    guess: PredictionType = "epsilon"
-    if file.read(_V_MARK).float().std(correction=0) > _V_DEVIATION:
-        guess = "v_prediction"
     logger.warning("%s: prediction %s by a guess from its weights; give the prediction if it is not", file.path, guess)
     return guess
+
+
+def guess_from(unet: Part, read: Callable[[str], Tensor | None]) -> PredictionType | None:
+    """ComfyUI's rule (comfy/supported_models.py, SD20): the two Stable Diffusion 2 differ in how one bias spreads.
+
+    None where it says nothing: another width of text, or inpainting. `read` gives the tensor of a key if there is one.
+    """
+    config = unet.network.config
+    mark = read(_V_MARK) if config.cross_attention_dim == 1024 and config.in_channels == 4 else None
+    if mark is None:
+        return None
+    return "v_prediction" if mark.float().std(correction=0) > _V_DEVIATION else "epsilon"
 
 
 def _sample_size(file: WeightFile, vae: Part, noise: NoiseConfig, layout: TextLayout, hints: Hints) -> Any:
@@ -166,9 +187,6 @@ def _sample_size(file: WeightFile, vae: Part, noise: NoiseConfig, layout: TextLa
     return (768 if layout == "openclip" and noise.prediction == "v_prediction" else 512) // factor
 
 
-def _text_encoder(model: Any, layout: TextLayout) -> TextEncoder:
-    length = model.config.max_position_embeddings
-    if length < 3:
-        raise UserError(f"text_encoder: found {length} positions; allowed is 3 or more")
+def _text_encoder(model: Any, layout: TextLayout, length: int) -> TextEncoder:
     pad = {"pad_token": "!"} if layout == "openclip" else {}
     return TextEncoder(clip_vocabulary_tokenizer(length, **pad), model)

@@ -49,9 +49,8 @@ def open_weights(path: str | Path, *, allow_pickle: bool = False) -> Iterator[We
     Raises UserError, one line, for what is missing, damaged or something else.
     """
     path = Path(path)
-    with user_input(str(path), OSError):
-        with path.open("rb") as file:
-            start = file.read(9)
+    with user_input(str(path), OSError), path.open("rb") as file:
+        start = file.read(2)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         if not allow_pickle:
             raise UserError(

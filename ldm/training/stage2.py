@@ -39,14 +39,15 @@ class Stage2Config:
     """Everything that `train_ldm.py` reads."""
 
     out: str
-    autoencoder: str  # the folder that stage 1 saved, or the `vae` of a Stable Diffusion folder
     data: DataConfig
     training: TrainingConfig
+    model: str | None = None  # a pipeline (a folder of ours or Stable Diffusion's, or a hub id) to train further
+    autoencoder: str | None = None  # the folder that stage 1 saved, or the `vae` of another; null: the model's
     seed: int = 0
     validation_data: DataConfig | None = None  # null: previews and validation loss are of training data
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    noise: NoiseConfig | None = None  # null: the model's, or for a new one the defaults
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     ema_decay: float = 0.9999  # after a warm-up of min(decay, (1 + n) / (10 + n)); 0 = none
@@ -64,6 +65,19 @@ class Stage2Config:
     )
 
     def __post_init__(self) -> None:
+        if self.model is None and self.autoencoder is None:
+            raise ValueError(
+                "autoencoder: found nothing; a new model needs the folder that stage 1 saved; name it, "
+                "or name a model to train further"
+            )
+        if self.model is not None and self.unet.pretrained is not None:
+            raise ValueError("unet.pretrained: found beside model, which has a U-Net; allowed is one; leave it out")
+        text = self.conditions.text.encoder
+        if (self.model is None) == (text == "model") and text != "none":
+            allowed = (
+                "clip, openclip, trained or none without a model" if self.model is None else "model or none with it"
+            )
+            raise ValueError(f"conditions.text.encoder: found {text}; allowed is {allowed}; set it, or model")
         if self.cache.enabled and self.data.crop == "random":
             raise ValueError(
                 "data.crop: found random with cache.enabled true; cached latents are of one fixed crop; "
@@ -112,9 +126,10 @@ class DiffusionStage:
         autoencoder: Autoencoder,
         encoders: ConditionEncoders,
         unet: UNet2DConditionModel,
+        noise: NoiseConfig,
         validation_source: Source,
     ) -> None:
-        self.config, self.run = config, run
+        self.config, self.run, self.noise = config, run, noise
         self.autoencoder, self.encoders, self.unet = autoencoder, encoders, unet
         self._validation_source = validation_source
         if config.runtime.channels_last:
@@ -123,10 +138,10 @@ class DiffusionStage:
         autoencoder.requires_grad_(False).eval().to(run.accelerator.device)
         if config.compile:
             unet.compile()
-        schedule = NoiseSchedule.from_config(config.noise).to(run.accelerator.device)
+        schedule = NoiseSchedule.from_config(noise).to(run.accelerator.device)
         self.learner = Learner(
             "unet",
-            DiffusionStep(unet, encoders, config.noise, config.objective, schedule),
+            DiffusionStep(unet, encoders, noise, config.objective, schedule),
             config.optimiser,
             run.accelerator,
             steps=config.training.steps,
@@ -149,7 +164,7 @@ class DiffusionStage:
         latents = self._latents(batch, step)  # [B, C, h, w]
         noise = self._normal(batch, latents.shape[1:], "noise", step)
         uniforms = uniform_for_each(batch.positions, self.run.seed, "timestep", step)
-        timesteps = timesteps_from_uniforms(self.config.objective, self.config.noise, uniforms)
+        timesteps = timesteps_from_uniforms(self.config.objective, self.noise, uniforms)
         with torch.no_grad():
             inputs = condition_inputs(self.encoders, batch, self._encode, losing)
         tokens = None if inputs.tokens is None else self._on_device(inputs.tokens)
@@ -191,7 +206,7 @@ class DiffusionStage:
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The model as it is now, around the very networks that are being trained."""
-        scheduler = make_scheduler("euler" if self.config.noise.prediction == "flow" else "ddim", self.config.noise)
+        scheduler = make_scheduler("euler" if self.noise.prediction == "flow" else "ddim", self.noise)
         return LatentDiffusionPipeline(
             self.autoencoder,
             self.encoders.text,

@@ -50,7 +50,7 @@ LDM = {
     "optimiser": {"lr": 2.0e-3, "schedule": "cosine", "warmup_steps": 50, "betas": [0.9, 0.99]},
     "ema_decay": 0.99,
     "preview": {"count": 8, "num_inference_steps": 15, "guidance_scale": 3.0},
-    "training": {"steps": 1500, "batch_size": 32, "workers": 0, "validate_every": 10_000, "checkpoint_every": 10_000},
+    "training": {"steps": 700, "batch_size": 32, "workers": 0, "validate_every": 10_000, "checkpoint_every": 10_000},
 }
 
 

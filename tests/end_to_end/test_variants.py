@@ -29,7 +29,8 @@ def train_stage_1(commands, *overrides, **changes):
 
 
 def train_stage_2(commands, autoencoder, *overrides, out="ldm", **changes):
-    values = {**LDM, "out": str(commands.folder / out), "autoencoder": str(autoencoder), **changes}
+    autoencoder = autoencoder and str(autoencoder)
+    values = {**LDM, "out": str(commands.folder / out), "autoencoder": autoencoder, **changes}
     train_ldm.train_diffusion(commands.write_config("ldm.yaml", values), list(overrides))
     return commands.folder / out
 
@@ -230,3 +231,83 @@ def test_a_compiled_unet_has_the_same_loss(commands, small_autoencoder):
     compiled = train_stage_2(commands, small_autoencoder, "compile=true", out="compiled")
     curves = [[row["loss"] for row in losses(run) if "loss" in row] for run in (plain, compiled)]
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_labels_alone_from_class_folders_and_then_text_free_drawing(commands, small_autoencoder):
+    source = open_source(DataConfig(source="scenes", resolution=16, scenes=ScenesConfig(**_tuples(SCENES["scenes"]))))
+    for index in range(12):
+        sample = source.read(index)
+        folder = commands.folder / "data" / ("even" if index % 2 else "odd")
+        folder.mkdir(parents=True, exist_ok=True)
+        sample.image.save(folder / f"{index}.png")
+    run = train_stage_2(
+        commands,
+        small_autoencoder,
+        data={"source": "folder", "root": str(commands.folder / "data"), "resolution": 16},
+        conditions={"text": {"encoder": "none"}, "label": {"width": 8, "dropout": 0.2}},
+    )
+    pipeline = LatentDiffusionPipeline.from_pretrained(run / "pipeline")
+    assert pipeline.conditions == ("label",)
+    assert pipeline.label_encoder.classes == ("even", "odd")
+    settings = {"num_inference_steps": 2, "seed": 0, "output_type": "latent", "scheduler": "ddim"}
+    even, odd, none = (pipeline(label=label, **settings).images for label in ("even", 1, None))
+    assert not torch.equal(even, odd)
+    assert not torch.equal(even, none)
+
+
+def test_a_model_grows_by_the_config_and_starts_where_it_was(commands, small_autoencoder, small_run):
+    grown = train_stage_2(
+        commands,
+        small_autoencoder,
+        "training.steps=1",
+        "optimiser.lr=1e-30",  # one step that moves nothing
+        conditions={
+            "text": {"encoder": "clip", "pretrained": str(small_run / "pipeline"), "length": 12},
+            "semantic": {"channels": 3},
+            "inpainting": {"masks": "boxes"},
+            "label": {"width": 8},
+        },
+        unet={"pretrained": str(small_run / "pipeline")},
+        ema_decay=0,
+    )
+    before, after = (LatentDiffusionPipeline.from_pretrained(run / "pipeline") for run in (small_run, grown))
+    assert before.conditions == ("text",)
+    assert after.conditions == ("inpainting", "semantic", "label", "text")
+    settings = {"num_inference_steps": 3, "seed": 0, "output_type": "latent", "scheduler": "ddim"}
+    drawn = after("a red circle", label=1, semantic_map=torch.ones(16, 16).long(), guidance_scale=1, **settings).images
+    assert torch.allclose(drawn, before("a red circle", guidance_scale=1, **settings).images, atol=1e-5)
+
+
+def test_a_model_is_trained_further_with_all_its_own_parts(commands, small_run):
+    start = small_run / "pipeline"
+    further = train_stage_2(
+        commands,
+        None,
+        "training.steps=2",
+        model=str(start),
+        conditions={"text": {"encoder": "model"}, "semantic": {"channels": 3}},
+        unet={},
+    )
+    before, after = (LatentDiffusionPipeline.from_pretrained(folder) for folder in (start, further / "pipeline"))
+    assert after.conditions == ("semantic", "text")
+    for name in ("vae", "text_encoder"):
+        old, new = (getattr(pipeline, name).state_dict() for pipeline in (before, after))
+        assert all(torch.equal(old[key], new[key]) for key in old), name
+    assert not torch.equal(before.unet.conv_out.weight, after.unet.conv_out.weight)
+    noise = ("prediction_type", "beta_schedule", "num_train_timesteps", "rescale_betas_zero_snr")
+    assert all(before.noise_scheduler.config[key] == after.noise_scheduler.config[key] for key in noise)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"autoencoder": None}, "autoencoder: found nothing"),
+        ({"model": "M"}, "conditions.text.encoder: found trained; allowed is model or none"),
+        ({"conditions": {"text": {"encoder": "model"}}}, "conditions.text.encoder: found model; allowed is clip"),
+        ({"model": "M", "unet": {"pretrained": "M"}}, "unet.pretrained: found beside model"),
+    ],
+)
+def test_a_base_model_and_new_parts_exclude_each_other(commands, changes, message):
+    with pytest.raises(UserError) as error:
+        train_stage_2(commands, *(() if "autoencoder" in changes else ("A",)), **changes)
+    assert message in str(error.value)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,15 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ldm.cli.generate import SAMPLERS, add_arguments, next_number, parse_size, read_prompts, run
+from ldm.cli.generate import add_arguments, read_prompts, run
+from ldm.cli.options import SAMPLERS, parse_size
+from ldm.cli.saving import next_number
 from ldm.errors import UserError
+from ldm.guidance import GuidanceOptions
+from ldm.noise import NoiseConfig
 from ldm.picture import read_parameters
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.projected_guidance import ApgOptions
 from ldm.sampling import SCHEDULERS
 
 Generate = Callable[..., None]
+
+
+def assert_same(found: Image.Image, expected: Image.Image) -> None:
+    """Equal but for the rounding of another batch size."""
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +38,21 @@ def model(tiny_pipeline: LatentDiffusionPipeline, tmp_path_factory: pytest.TempP
     return path
 
 
+@pytest.fixture(scope="session")
+def opened() -> Callable[..., LatentDiffusionPipeline]:
+    """`from_pretrained`, which opens each folder once."""
+    return functools.cache(LatentDiffusionPipeline.from_pretrained)
+
+
 @pytest.fixture
-def generate(model: Path, tmp_path: Path) -> Generate:
+def generate(
+    model: Path,
+    opened: Callable[..., LatentDiffusionPipeline],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Generate:
     """`ldm generate` on the tiny model, writing to tmp_path/out."""
+    monkeypatch.setattr(LatentDiffusionPipeline, "from_pretrained", opened)
 
     def call(*words: str, out: Path = tmp_path / "out") -> None:
         parser = argparse.ArgumentParser()
@@ -58,7 +82,7 @@ def test_pictures_grid_and_parameters(
     )
     written = capsys.readouterr()
     assert written.out.split() == [str(out / name) for name in [*pictures, "grid.png"]]
-    assert "4/4" in written.err  # 2 steps x 2 batches
+    assert "8/8" in written.err  # 2 steps x 4 pictures
     alone = tiny_pipeline(
         "a blue dog", "green", seed=9, height=16, width=24, guidance_scale=3, scheduler="ddim", num_inference_steps=2
     ).images[0]
@@ -84,8 +108,7 @@ def test_prompts_come_from_the_command_line_and_then_from_the_file(tmp_path: Pat
         read_prompts([], file)
     with pytest.raises(UserError, match=r"--prompts .*absent\.txt: .*No such file"):
         read_prompts([], tmp_path / "absent.txt")
-    with pytest.raises(UserError, match="give --prompt TEXT or --prompts FILE"):
-        read_prompts([], None)
+    assert read_prompts([], None) == []
 
 
 def test_sizes() -> None:
@@ -112,6 +135,16 @@ def test_every_scheduler_has_a_name_for_the_file() -> None:
         (["--batch", "-1"], "--batch: found -1"),
         (["--size", "33"], "height: found 33; .* nearest are 32 and 34"),
         (["--guidance", "-2"], "guidance_scale: found -2"),
+        (["--guidance", "txt=2"], "guidance_scale: found 'txt'; .* did you mean text"),
+        (["--guidance", "semantic=2"], "guidance_scale: found semantic, a condition that is not given"),
+        (["--guidance-interval", "0.8", "0.2"], "interval: found 0.8, 0.2"),
+        (["--guidance-rescale", "2"], "rescale: found 2"),
+        (["--variation-seed", "2"], "--variation-seed: found without --variation-strength"),
+        (["--variation-strength", "2"], "--variation-strength: found 2.0; allowed is 0 to 1"),
+        (["--variation-strength", "0.5", "--variation-seed", "-1"], "--variation-seed: seed: found -1"),
+        (["--semantic-map", "/no/map.png"], "--semantic-map: /no/map.png: no such file"),
+        (["--semantic-map", __file__], "--semantic-map: .* no picture of an allowed format"),
+        (["--label", "cat"], "label: found one; this model takes none"),
         (["--seed", "-2"], "seed: found -2"),
         (["--dtype", "int8"], "dtype: found 'int8'; allowed is auto, fp32, bf16, fp16"),
         (["--device", "warp"], "device: found 'warp'"),
@@ -126,6 +159,133 @@ def test_bad_options_are_one_line_and_nothing_is_written(
     with pytest.raises(UserError, match=message):
         generate("--prompt", "a", *words)
     assert names(tmp_path) == []
+
+
+@pytest.fixture(scope="session")
+def conditioned(conditioned_pipeline: LatentDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("conditioned") / "model"
+    conditioned_pipeline.save_pretrained(path)
+    return path
+
+
+def save_map(path: Path, highest: int = 2, dtype: type = np.uint8) -> np.ndarray:
+    values = np.random.default_rng(0).integers(0, 3, (32, 32)).astype(dtype)
+    values[0, 0] = highest
+    Image.fromarray(values).save(path)
+    return values
+
+
+def test_a_map_a_label_and_their_guidance_without_a_prompt(
+    generate: Generate,
+    conditioned: Path,
+    conditioned_pipeline: LatentDiffusionPipeline,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values = save_map(tmp_path / "map.png")
+    generate(
+        *("--model", str(conditioned), "--semantic-map", str(tmp_path / "map.png"), "--label", "dog", "--seed", "1"),
+        *("--guidance", "label=3,semantic=2", "--guidance-interval", "0.2", "1", "--guidance-rescale", "0.7", "--apg"),
+        "--verbose",
+    )
+    expected = conditioned_pipeline(
+        semantic_map=torch.from_numpy(values).long(),
+        label="dog",
+        seed=1,
+        num_inference_steps=2,
+        guidance_scale={"label": 3, "semantic": 2},
+        guidance=GuidanceOptions(interval=(0.2, 1), rescale=0.7, apg=ApgOptions()),
+    ).images[0]
+    file = tmp_path / "out" / "00000-1.png"
+    assert_same(Image.open(file), expected)
+    assert str(read_parameters(file)).endswith(
+        'CFG scale: 1, Seed: 1, Size: 32x32, Model: model, Guidance: "label=3, semantic=2", '
+        "Guidance interval: 0.2-1, CFG Rescale phi: 0.7, APG: eta 0 momentum -0.5, Semantic map: map.png, Label: dog"
+    )
+    told = capsys.readouterr().err
+    assert told.count("guidance scales: semantic 2, label 3\n") == 1
+    assert "evaluations of the network per step: 3 for noise levels of 0.2 to 1, 1 elsewhere" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "found no prompt; give --prompt TEXT or --prompts FILE"),
+        (("--label", "cats"), "label: label: found 'cats', nearest is 'cat'"),
+        (("--label", "7"), r"label: found 7; allowed is 0 \(cat\) to 1 \(dog\)"),
+        (("--semantic-map", "300.png"), "found class 300; allowed is 0 to 2, or 255"),
+        (("--semantic-map", "map.png", "--size", "32x16"), "found 32 x 32 pixels for a picture of 32 x 16"),
+        (("--prompt", "a", "--guidance", "inpainting=2"), "found inpainting, a condition that is not given"),
+    ],
+)
+def test_conditions_that_the_model_cannot_take(
+    generate: Generate,
+    conditioned: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_map(tmp_path / "map.png")
+    save_map(tmp_path / "300.png", 300, np.uint16)
+    with pytest.raises(UserError, match=message):
+        generate("--model", str(conditioned), *words)
+    assert capsys.readouterr().err == ""  # not even a bar
+    assert not (tmp_path / "out").exists()
+
+
+def test_variations_are_neighbours_of_one_picture(
+    generate: Generate, tmp_path: Path, tiny_pipeline: LatentDiffusionPipeline
+) -> None:
+    def drawn(strength: str, *words: str) -> list[np.ndarray]:
+        out = tmp_path / strength
+        variation = ("--variation-strength", strength, "--variation-seed", "50")
+        generate("--prompt", "a", "--seed", "3", "--count", "3", *variation, *words, out=out)
+        assert read_parameters(out / "00002-3.png") == (
+            "a\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 5, Seed: 3, Size: 32x32, Model: shapes, "
+            f"Variation seed: 52, Variation seed strength: {strength}"
+        )
+        return [np.asarray(Image.open(out / f"0000{i}-3.png")).astype(int) for i in range(3)]
+
+    def of_seeds(*seeds: int) -> list[np.ndarray]:
+        images = tiny_pipeline(["a"] * len(seeds), seed=seeds, num_inference_steps=2).images
+        return [np.asarray(image).astype(int) for image in images]
+
+    base, *others = of_seeds(3, 50, 51, 52)
+    for picture in drawn("0"):
+        assert np.abs(picture - base).max() <= 1
+    for picture, other in zip(drawn("1"), others, strict=True):
+        assert np.abs(picture - other).max() <= 1
+    near = drawn("0.2", "--batch", "2")
+    distances = [np.abs(picture - base).mean() for picture in near]
+    assert all(0.5 < distance < np.abs(others[0] - base).mean() / 2 for distance in distances)
+    assert np.abs(near[0] - near[1]).mean() > 0.5
+
+
+def test_strength_0_is_the_picture_of_the_seed_for_a_stochastic_scheduler_too(
+    generate: Generate, tmp_path: Path, tiny_pipeline: LatentDiffusionPipeline
+) -> None:
+    generate("--prompt", "a", "--seed", "3", "--variation-strength", "0", "--scheduler", "ddpm", "--steps", "4")
+    expected = tiny_pipeline("a", seed=3, scheduler="ddpm", num_inference_steps=4).images[0]
+    assert_same(Image.open(tmp_path / "out" / "00000-3.png"), expected)
+
+
+def test_a_model_without_text_needs_no_prompt(
+    generate: Generate, make_pipeline: Callable[..., LatentDiffusionPipeline], tmp_path: Path
+) -> None:
+    make_pipeline(NoiseConfig(), text=False).save_pretrained(tmp_path / "model")
+    generate("--model", str(tmp_path / "model"), "--seed", "1")
+    assert names(tmp_path / "out") == ["00000-1.png", "grid.png"]
+
+
+def test_a_prompt_that_is_cut_is_told_once(
+    generate: Generate, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "a very long prompt " * 5
+    generate("--prompt", prompt, "--count", "3", "--batch", "1", "--seed", "1")
+    assert capsys.readouterr().err.count("prompt longer than the text window of 16 tokens; cut off: ") == 1
 
 
 def test_the_installed_command(model: Path, tmp_path: Path) -> None:

@@ -25,14 +25,8 @@ from ldm.noise import NoiseConfig
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.pipeline_conditions import _nothing
 from ldm.pipeline_request import Request
-from ldm.training.conditions import (
-    ConditionsConfig,
-    build_conditioned_unet,
-    build_encoders,
-    condition_inputs,
-    draw_losing,
-    wanted_of,
-)
+from ldm.training.conditions import ConditionsConfig, condition_inputs, draw_losing, wanted_of
+from ldm.training.networks import build_conditioned_unet, build_encoders
 from ldm.unet import UNetConfig
 
 ALL = ConditionsConfig(
