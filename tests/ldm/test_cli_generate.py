@@ -169,7 +169,7 @@ def conditioned(conditioned_pipeline: LatentDiffusionPipeline, tmp_path_factory:
 
 
 def save_map(path: Path, highest: int = 2, dtype: type = np.uint8) -> np.ndarray:
-    values = np.random.default_rng(0).integers(0, 3, (32, 32)).astype(dtype)
+    values: np.ndarray = np.random.default_rng(0).integers(0, 3, (32, 32)).astype(dtype)
     values[0, 0] = highest
     Image.fromarray(values).save(path)
     return values
