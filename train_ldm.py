@@ -23,6 +23,7 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     from ldm.training.networks import build_networks
     from ldm.training.run import describe_parameters, open_run
     from ldm.training.stage2 import DiffusionStage, Stage2Config
+    from ldm.training.stage2_result import save_result
 
     config = load(Stage2Config, config_path, overrides)
     source = open_source(config.data)
@@ -47,9 +48,7 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
         claim_run_folder(config, folder, config.free_to_change)
     train(stage, batches, config.training, run, open_quarantine(source, config.data, run))
     if run.accelerator.is_main_process:
-        with stage.learner.averaged_weights():
-            stage.pipeline().save_pretrained(folder / "pipeline")
-        run.say(f"model: {folder / 'pipeline'}   (ldm generate --model {folder / 'pipeline'} --prompt '...')")
+        run.say(save_result(stage, folder))
     run.close()
 
 

@@ -65,11 +65,16 @@ class LatentDiffusionModel:
         the network. `dtype` and `device` as in `ldm.device`. A safety checker in the folder is not used. Raises
         UserError.
         """
-        device = choose_device(device)
-        dtype = choose_dtype(dtype, device)
-        parts = read_components(find_folder(path))
         name = Path(path).resolve().name if Path(path).exists() else str(path)
-        pipeline = cls(
+        return cls.from_components(read_components(find_folder(path)), name=name, dtype=dtype, device=device)
+
+    @classmethod
+    def from_components(
+        cls, parts: Components, *, name: str, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+    ) -> Self:
+        """A model of parts that were read already, moved to `device` and cast to `dtype` (as in `ldm.device`)."""
+        device = choose_device(device)
+        model = cls(
             parts.vae,
             parts.text_encoder,
             parts.unet,
@@ -78,7 +83,7 @@ class LatentDiffusionModel:
             label_encoder=parts.label_encoder,
             name=name,
         )
-        return pipeline.to(device, dtype)
+        return model.to(device, choose_dtype(dtype, device))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder that our and diffusers' `from_pretrained` open, whole or not at all. Raises UserError."""

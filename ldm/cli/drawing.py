@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.cli.options import DrawingOptions
-from ldm.errors import UserError
+from ldm.errors import UserError, user_input
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +54,31 @@ def open_model(arguments: argparse.Namespace) -> LatentDiffusionPipeline:
     """The pipeline that `--model`, `--dtype` and `--device` name. Raises UserError."""
     from transformers.utils.logging import disable_progress_bar
 
-    from ldm.pipeline import LatentDiffusionPipeline
+    from ldm.interchange.opening import open_pipeline
 
     disable_progress_bar()  # of loading weights: the bar that people wait for is ours
-    return LatentDiffusionPipeline.from_pretrained(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    loras = [parse_lora(text) for text in arguments.lora]
+    pipeline = open_pipeline(
+        arguments.model, dtype=arguments.dtype, device=arguments.device, allow_pickle=arguments.allow_pickle
+    )
+    if loras:
+        from ldm.adapter_layers import bake
+        from ldm.adapters import load_lora
+
+        text_model = pipeline.text_encoder.model if pipeline.text_encoder is not None else None
+        for number, (path, weight) in enumerate(loras):
+            load_lora(pipeline.unet, text_model, path, weight, name=f"lora{number}")
+        bake(pipeline.unet, text_model)  # nothing is trained here, so drawing need not pay for them
+    return pipeline
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`--lora FILE` or `FILE=WEIGHT`. Raises UserError for a file that is missing and a weight that is no number."""
+    path, _, weight = text.rpartition("=") if not Path(text).is_file() else (text, "", "1")
+    if not Path(path).is_file():
+        raise UserError(f"--lora {text}: found no such file; allowed is FILE or FILE=WEIGHT; check the path")
+    with user_input(f"--lora {text}"):
+        return Path(path), float(weight)
 
 
 def noise_of(pipeline: LatentDiffusionPipeline, seed: int, options: DrawingOptions) -> tuple[Tensor, torch.Generator]:

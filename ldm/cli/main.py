@@ -18,6 +18,7 @@ COMMANDS = {
     "interpolate": "go from one prompt, seed or picture to another",
     "data": "check a dataset, or write the built-in scenes to disk",
     "reconstruct": "measure an autoencoder on images, with a side-by-side picture",
+    "export": "write a model or a LoRA in the form that another program opens",
     "evaluate": "score a model on held-out scenes with the exact scorer",
 }
 

@@ -47,7 +47,16 @@ class DrawingOptions:
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """`--model`."""
     parser.add_argument(
-        "--model", required=True, metavar="PATH", help="folder of a pipeline, or a Hugging Face hub id (owner/name)"
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="folder of a pipeline or a run, a single file (.safetensors), or a Hugging Face hub id (owner/name)",
+    )
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[=W]", help="a LoRA and its weight (1); repeatable"
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="open a .ckpt, which is a pickle; better convert it"
     )
 
 

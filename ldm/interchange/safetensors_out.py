@@ -24,21 +24,28 @@ def write_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
     Raises UserError when it cannot be written; then `path` is as it was.
     """
-    path = Path(path).absolute()
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: found the ending {path.suffix or 'none'}; allowed is .safetensors; rename it")
-    if path.is_dir():
-        raise UserError(f"{path}: found a folder; allowed is the name of a file; give another")
+    path = check_path(path)
+    with user_input(f"{path}: cannot be written", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         # A full disk is an OSError to Python and a SafetensorError to safetensors.
         with user_input(f"{path}: cannot be written", OSError, SafetensorError):
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_file(dict(tensors), partial, metadata={**metadata, HASH_KEY: _NO_HASH})
             _put_hash(partial)
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_path(path: str | Path) -> Path:
+    """The path made absolute; raises UserError unless a safetensors file may have that name."""
+    path = Path(path).absolute()
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: found the ending {path.suffix or 'none'}; allowed is .safetensors; rename it")
+    if path.is_dir():
+        raise UserError(f"{path}: found a folder; allowed is the name of a file; give another")
+    return path
 
 
 def _put_hash(path: Path) -> None:

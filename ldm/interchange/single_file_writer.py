@@ -19,7 +19,7 @@ from ldm.interchange.keys import Shape, to_stored
 from ldm.interchange.keys_text import BLOCKS, OPENCLIP_PREFIX, TRANSFORMERS_PREFIXES, TextLayout
 from ldm.interchange.parts import Part, empty_text_model, empty_unet, empty_vae, text_part, unet_part, vae_part
 from ldm.interchange.recognised import architecture_id, per_level, sizes_of, warnings_for
-from ldm.interchange.safetensors_out import HASH_KEY, write_safetensors
+from ldm.interchange.safetensors_out import HASH_KEY, check_path, write_safetensors
 from ldm.interchange.single_file import guess_from
 from ldm.noise import NoiseConfig
 from ldm.pipeline_folder import Components
@@ -51,6 +51,7 @@ def write_single_file(
     Returns one line for each thing that ComfyUI and A1111 would not recognise or would take for another. Raises
     UserError for a model that the layout cannot hold, weights that `dtype` cannot, and a file that cannot be written.
     """
+    check_path(path)  # before the work
     text_encoder = _text_encoder(components)
     unet_network = getattr(components.unet, "_orig_mod", components.unet)
     layout = _layout(text_encoder)

@@ -14,11 +14,12 @@ from conditioning.encoders import ConditionEncoders
 from conditioning.label import LabelConfig, LabelEncoder
 from conditioning.semantic import SemanticConfig, SemanticEncoder
 from conditioning.text import TextEncoder, build_text_encoder
+from ldm.adapters import LoraConfig, add_lora
 from ldm.data.sample import Source
 from ldm.errors import UserError, user_input
 from ldm.growing import SpatialLayout, grow
+from ldm.interchange.opening import read_model
 from ldm.noise import NoiseConfig
-from ldm.pipeline_folder import Components, find_folder, read_components
 from ldm.randomness import seed_weights
 from ldm.sampling import noise_config_of
 from ldm.training.conditions import ConditionsConfig
@@ -51,7 +52,7 @@ def build_networks(config: Stage2Config, source: Source) -> Networks:
     """
     seed_weights(config.seed)
     if config.model is not None:
-        return _of_model(config, find_folder(config.model), source)
+        return _of_model(config, config.model, source)
     with user_input("autoencoder"):
         autoencoder = load_autoencoder(str(config.autoencoder))
     encoders = build_encoders(config.conditions, source, config.unet.pretrained)
@@ -65,21 +66,32 @@ def build_networks(config: Stage2Config, source: Source) -> Networks:
     return Networks(autoencoder, encoders, unet, config.noise or NoiseConfig())
 
 
-def _of_model(config: Stage2Config, folder: Path, source: Source) -> Networks:
-    """The networks of a pipeline, in fp32; autoencoder and noise as the config says where it does."""
-    parts: Components = read_components(folder)
+def _of_model(config: Stage2Config, model: str, source: Source) -> Networks:
+    """The networks of a pipeline or a single file, in fp32; autoencoder and noise as the config says where it does."""
+    parts = read_model(model)
     autoencoder = parts.vae
     if config.autoencoder is not None:
         with user_input("autoencoder"):
             autoencoder = load_autoencoder(config.autoencoder)
     if config.conditions.text.encoder == "model" and parts.text_encoder is None:
         raise UserError(f"conditions.text.encoder: found model, but {config.model} has no text encoder; set it to none")
-    encoders = build_encoders(config.conditions, source, str(folder), parts.text_encoder)
-    unet = parts.unet.float().train()
-    unet.register_to_config(sample_size=config.data.resolution // downsampling_factor(autoencoder))
-    unet_config = replace(config.unet, pretrained=str(folder))
-    unet = adapt_unet(unet, unet_config, config.conditions, encoders, latent_channels(autoencoder))
+    encoders = build_encoders(config.conditions, source, model, parts.text_encoder)
+    parts.unet.float().train()
+    parts.unet.register_to_config(sample_size=config.data.resolution // downsampling_factor(autoencoder))
+    unet_config = replace(config.unet, pretrained=model)
+    unet = adapt_unet(parts.unet, unet_config, config.conditions, encoders, latent_channels(autoencoder))
+    if config.lora is not None:
+        _add_lora(unet, encoders, config.lora, grown=unet is not parts.unet)
     return Networks(autoencoder.float(), encoders.float(), unet, config.noise or noise_config_of(parts.noise_scheduler))
+
+
+def _add_lora(unet: UNet2DConditionModel, encoders: ConditionEncoders, config: LoraConfig, *, grown: bool) -> None:
+    """Freeze the model but for a new LoRA, and for the layers that took on new conditions: those are trained whole."""
+    add_lora(unet, encoders.text.model if encoders.text is not None else None, config)
+    if grown:
+        unet.conv_in.requires_grad_(True)
+        if unet.class_embedding is not None:
+            unet.class_embedding.requires_grad_(True)
 
 
 def build_encoders(

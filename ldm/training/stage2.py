@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autoencoder.latents import Moments, encode, to_unet
 from autoencoder.model import Autoencoder
 from conditioning.encoders import ConditionEncoders, ConditionInputs
+from ldm.adapters import LoraConfig
 from ldm.data.fixed_batches import fixed_batches
 from ldm.data.latent_cache import CacheConfig
 from ldm.data.sample import Batch, Source
@@ -47,6 +48,7 @@ class Stage2Config:
     validation_data: DataConfig | None = None  # null: previews and validation loss are of training data
     conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
+    lora: LoraConfig | None = None  # train small matrices beside the model's frozen layers instead of the layers
     noise: NoiseConfig | None = None  # null: the model's, or for a new one the defaults
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
@@ -72,6 +74,13 @@ class Stage2Config:
             )
         if self.model is not None and self.unet.pretrained is not None:
             raise ValueError("unet.pretrained: found beside model, which has a U-Net; allowed is one; leave it out")
+        if self.lora is not None and self.model is None:
+            raise ValueError("lora: found without model; it changes a trained model; name the model")
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout: found {self.lora.dropout}; allowed is 0: its random numbers could not be repeated by a "
+                "run that goes on; leave it out"
+            )
         text = self.conditions.text.encoder
         if (self.model is None) == (text == "model") and text != "none":
             allowed = (

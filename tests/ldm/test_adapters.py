@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -27,6 +29,7 @@ from ldm.adapter_layers import (
 from ldm.adapters import LoraConfig, add_lora, attach_lora, lora_state
 from ldm.errors import UserError
 from ldm.lora_files import Lora
+from ldm.training.learner import Learner, OptimiserConfig
 from ldm.unet import attention_kernel, set_attention
 
 STABLE_DIFFUSION: dict[str, Any] = {  # the config.json of 1.5 with fewer and narrower levels, one block each
@@ -318,6 +321,61 @@ def test_attention_kernels_run_the_lora(sd1: Networks) -> None:
     torch.testing.assert_close(sd1.drawn(), sdpa, rtol=0, atol=1e-5)
     remove(*sd1.both)
     assert attention_kernel(sd1.unet) == "math"
+
+
+def test_stable_diffusion_gets_as_many_layers_as_from_kohya_and_lycoris() -> None:
+    """Their logs for 1.5: `LoRA for Text Encoder: 72`, `LoRA for U-Net: 192`, and LyCORIS' LoCon `U-Net: 278`."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+        text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+    for target, count in (("attention+feedforward", 192), ("all-linear+conv", 278)):
+        add_lora(unet, text, LoraConfig(rank=1, target=(target,), text_encoder=True))
+        assert (len(lora_layers(unet)), len(lora_layers(text))) == (count, 72)
+        remove(unet, text)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    yield Accelerator(cpu=True, mixed_precision="no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train(learner: Learner, steps: range) -> None:
+    for step in steps:
+        learner.wrapped().square().mean().backward()
+        learner.clip_gradients()
+        learner.update(step)
+
+
+def test_the_learner_trains_averages_and_resumes_the_lora_alone(accelerator: Accelerator) -> None:
+    """As stage 2 does: channels last before the learner, a checkpoint of what is trained, a resume in a new process."""
+    learners = []
+    for seed in (1, 2):
+        model = Networks()
+        torch.manual_seed(seed)
+        add_lora(*model.both, ALL)
+        model.unet.to(memory_format=torch.channels_last)
+        learners.append(Learner("unet", model, OptimiserConfig(lr=0.01), accelerator, steps=6, ema_decay=0.9))
+    one, two = learners
+    train(one, range(3))
+    saved = {file: {key: x.clone() for key, x in named.items()} for file, named in one.tensors().items()}
+    assert all(".lora_" in name for name in saved["unet"])
+    train(one, range(3, 6))
+    two.load_tensors(saved)
+    train(two, range(3, 6))
+    assert all(torch.equal(x, two.tensors()["unet"][key]) for key, x in one.tensors()["unet"].items())
+    now = lora_state(*one.module.both)
+    with one.averaged_weights(), plain_networks(*one.module.both, merged=True):
+        averaged = one.module.drawn()
+    with one.averaged_weights():
+        lora = lora_state(*one.module.both)
+    assert any(not torch.equal(lora.unet[name].up, layer.up) for name, layer in now.unet.items())
+    other = Networks()
+    attach_lora(*other.both, lora, name="averaged")
+    torch.testing.assert_close(other.drawn(), averaged, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.y*ml"))
 VAES = [path for path in FILES if path.name.startswith("vae")]
 LDMS = [path for path in FILES if path.name.startswith("ldm")]
+FINETUNING = [path for path in FILES if path.parent.name == "finetune"]
 FULL_VAES = [path for path in VAES if path.parent.name == "full"]
 FULL_LDMS = [path for path in LDMS if path.parent.name == "full"]
 PARAMETERS = {"vae-kl-f8-256": 83_653_863, "ldm-sd15-256": 859_520_964, "ldm-sd15-512": 859_520_964}
@@ -75,7 +76,16 @@ def text_width(config: TextConfig) -> int | None:
 def test_there_are_configs_of_both_stages_and_no_others():
     assert {name_of(path) for path in FULL_VAES + FULL_LDMS} == {f"full/{name}" for name in PARAMETERS}
     assert {"demo/vae", "demo/ldm"} <= {name_of(path) for path in FILES}
-    assert [path for path in FILES if path not in VAES + LDMS] == []
+    assert [path for path in FILES if path not in VAES + LDMS + FINETUNING] == []
+
+
+@pytest.mark.parametrize("path", FINETUNING, ids=name_of)
+def test_finetuning_is_a_dozen_lines_and_is_started_as_its_first_line_says(path):
+    first, *lines = path.read_text(encoding="utf-8").splitlines()
+    assert f"python train_ldm.py configs/finetune/{path.name} model=PATH data.root=DIR" in first
+    assert len(lines) <= 13
+    config = load(Stage2Config, path, ["model=PATH", "data.root=DIR"])
+    assert (config.model, config.data.root) == ("PATH", "DIR")
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

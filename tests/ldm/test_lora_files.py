@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model_state_dict
@@ -200,6 +204,18 @@ def test_the_header_tells_rank_alpha_base_and_trigger_words(trained: Lora, tmp_p
         "3.0",
         "networks.lora",
     )
+
+
+def test_diffusers_own_converter_takes_the_kohya_file_back_to_our_tensors(trained: Lora, tmp_path: Path) -> None:
+    for kind in KINDS:
+        save_lora(tmp_path / f"{kind}.safetensors", trained, kind=kind)
+    state, alphas = StableDiffusionPipeline.lora_state_dict(tmp_path / "kohya.safetensors", local_files_only=True)
+    assert set(alphas.values()) == {3.0}
+    unet = convert_unet_state_dict_to_peft({key: x for key, x in state.items() if key.startswith("unet.")})
+    text = convert_state_dict_to_peft({key: x for key, x in state.items() if key.startswith("text_encoder.")})
+    expected = load_file(tmp_path / "diffusers.safetensors")
+    assert (unet | text).keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in (unet | text).items())
 
 
 @pytest.mark.parametrize("prefix", ["lora_te_text_model_", "lora_te1_text_model_", "lora_te_"])

@@ -1,0 +1,35 @@
+"""Any model that we read, by its path: a pipeline's folder, a run, a hub id, or a single file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ldm.interchange.single_file import read_single_file
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.pipeline_folder import Components, find_folder, read_components
+
+SINGLE_FILES = (".safetensors", ".ckpt")
+
+
+def read_model(path: str | Path, *, allow_pickle: bool = False) -> Components:
+    """The parts of a model. A `.ckpt` is a pickle and opens with `allow_pickle` only. Raises UserError."""
+    path = Path(path)
+    if path.suffix in SINGLE_FILES and not path.is_dir():
+        return read_single_file(path, allow_pickle=allow_pickle)
+    run = path / "pipeline"
+    return read_components(run if (run / "model_index.json").is_file() else find_folder(path))
+
+
+def open_pipeline(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    allow_pickle: bool = False,
+) -> LatentDiffusionPipeline:
+    """`LatentDiffusionPipeline.from_pretrained` for single files and runs too."""
+    name = Path(path).stem if Path(path).suffix in SINGLE_FILES else Path(path).name
+    parts = read_model(path, allow_pickle=allow_pickle)
+    return LatentDiffusionPipeline.from_components(parts, name=name, dtype=dtype, device=device)
