@@ -71,14 +71,14 @@ def _export_lora(arguments: argparse.Namespace) -> None:
     from ldm.adapter_layers import plain_layers
     from ldm.device import DTYPES
     from ldm.interchange.opening import read_model
-    from ldm.lora_files import save_lora
+    from ldm.lora_files import LoraKind, save_lora
     from ldm.lora_reading import read_lora
 
     inside = arguments.model / "lora.safetensors"
     base = read_model(arguments.base or _base_of(arguments.model), allow_pickle=arguments.allow_pickle)
     text_layers = plain_layers(base.text_encoder.model) if base.text_encoder is not None else {}
     lora = read_lora(inside if inside.is_file() else arguments.model, plain_layers(base.unet), text_layers)
-    kind = "kohya" if arguments.to == "kohya-lora" else "diffusers"
+    kind: LoraKind = "kohya" if arguments.to == "kohya-lora" else "diffusers"
     save_lora(arguments.out, lora, kind=kind, dtype=DTYPES[arguments.dtype])
 
 

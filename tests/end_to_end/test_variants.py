@@ -6,8 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import LDM, ROOT, SCENES, VAE, checkpoint_tensors, losses
 
@@ -15,6 +17,7 @@ import train_ldm
 import train_vae
 from autoencoder import decode, encode, load_autoencoder
 from ldm import LatentDiffusionPipeline
+from ldm.adapters import load_lora
 from ldm.data.fixed_batches import fixed_images
 from ldm.data.scenes import ScenesConfig
 from ldm.data.scenes_folder import write_scenes
@@ -310,4 +313,77 @@ def test_a_model_is_trained_further_with_all_its_own_parts(commands, small_run):
 def test_a_base_model_and_new_parts_exclude_each_other(commands, changes, message):
     with pytest.raises(UserError) as error:
         train_stage_2(commands, *(() if "autoencoder" in changes else ("A",)), **changes)
+    assert message in str(error.value)
+
+
+def test_a_lora_is_trained_saved_loaded_and_exported(commands, small_run, capsys):
+    from ldm.cli.main import main
+
+    start = small_run / "pipeline"
+    run = train_stage_2(
+        commands,
+        None,
+        "training.steps=3",
+        model=str(start),
+        conditions={"text": {"encoder": "model"}},
+        unet={},
+        lora={"rank": 2, "text_encoder": True},
+        ema_decay=0,
+    )
+    checkpoint = {name for _, name in checkpoint_tensors(run, 3)}
+    assert all("lora_" in name for name in checkpoint if "optimization_step" not in name)
+    base, merged = (LatentDiffusionPipeline.from_pretrained(folder) for folder in (start, run / "pipeline"))
+    settings = {"num_inference_steps": 3, "seed": 0, "output_type": "latent", "scheduler": "ddim"}
+    wanted = merged("a red circle", **settings).images
+    assert not torch.allclose(base("a red circle", **settings).images, wanted, atol=1e-4)
+    load_lora(base.unet, base.text_encoder.model, run / "lora.safetensors")
+    assert torch.allclose(base("a red circle", **settings).images, wanted, atol=1e-4)
+
+    kohya = commands.folder / "kohya.safetensors"
+    assert main(["export", str(run), "--to", "kohya-lora", "--out", str(kohya)]) == 0
+    assert {key.split("_")[1] for key in load_file(kohya)} == {"unet", "te"}
+    single = commands.folder / "model.safetensors"
+    assert main(["export", str(run), "--to", "single-file", "--out", str(single)]) == 0
+    words = ("--prompt", "a red circle", "--steps", "3", "--seed", "0", "--scheduler", "ddim", "--out")
+    pictures = []
+    for name, model in (
+        ("merged", [str(run)]),
+        ("single", [str(single)]),
+        ("lora", [str(start), "--lora", f"{kohya}=1"]),
+    ):
+        assert main(["generate", "--model", *model, *words, str(commands.folder / name)]) == 0, capsys.readouterr().err
+        (path,) = (commands.folder / name).glob("0*.png")
+        pictures.append(np.asarray(Image.open(path)).astype(int))
+    merged_picture, single_picture, lora_picture = pictures
+    assert abs(single_picture - merged_picture).max() <= 1
+    assert abs(lora_picture - merged_picture).max() <= 1
+
+
+def test_a_lora_beside_new_conditions_trains_the_new_channels_too(commands, small_run):
+    start = small_run / "pipeline"
+    run = train_stage_2(
+        commands,
+        None,
+        "training.steps=3",
+        model=str(start),
+        conditions={"text": {"encoder": "model"}, "semantic": {"channels": 3}},
+        unet={},
+        lora={"rank": 2},
+        ema_decay=0,
+    )
+    grown = LatentDiffusionPipeline.from_pretrained(run / "pipeline")
+    assert grown.conditions == ("semantic", "text")
+    assert grown.unet.conv_in.weight[:, 2:].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"rank": 2}}, "lora: found without model"),
+        ({"model": "M", "lora": {"dropout": 0.1}}, "lora.dropout: found 0.1; allowed is 0"),
+    ],
+)
+def test_loras_that_cannot_be_trained_are_refused(commands, changes, message):
+    with pytest.raises(UserError) as error:
+        train_stage_2(commands, "A", **changes)
     assert message in str(error.value)
