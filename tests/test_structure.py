@@ -189,7 +189,7 @@ def test_import_ldm_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    ["generate", "inpaint", "outpaint", "img2img", "interpolate", "data", "reconstruct", "evaluate"],
+    ["generate", "inpaint", "outpaint", "img2img", "interpolate", "data", "reconstruct", "evaluate", "export"],
 )
 def test_the_help_of_a_command_loads_nothing_heavy(command):
     call = f"try:\n    main([{command!r}, '--help'])\nfinally:\n    print({HEAVY})"
