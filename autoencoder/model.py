@@ -114,13 +114,14 @@ def _fresh(config: AutoencoderConfig) -> Autoencoder:
     return autoencoder
 
 
-def load_autoencoder(path: str | Path, *, subfolder: str | None = None) -> Autoencoder:
+def load_autoencoder(path: str | Path, *, subfolder: str | None = None, variant: str | None = None) -> Autoencoder:
     """Load an `AutoencoderKL` or `VQModel` in float32 from safetensors; its own config.json says which.
 
     Args:
         path: a folder (then the network is never touched), or a hub id `owner/name`; a third part, `owner/name/vae`,
             is the subfolder.
         subfolder: where below `path` the autoencoder lies, e.g. `vae` of a Stable Diffusion folder.
+        variant: `fp16` for a file called `*.fp16.safetensors`.
 
     Raises:
         FileNotFoundError, ValueError: one line with what was found and how to mend it.
@@ -130,6 +131,7 @@ def load_autoencoder(path: str | Path, *, subfolder: str | None = None) -> Autoe
     if local:
         _check_folder(Path(name))
     place: dict[str, Any] = {"subfolder": subfolder, "local_files_only": local}
+    kind = {} if variant is None else {"variant": variant}
     try:
         class_name = AutoencoderKL.load_config(source, **place).get("_class_name")
     except (OSError, ValueError) as error:
@@ -139,7 +141,7 @@ def load_autoencoder(path: str | Path, *, subfolder: str | None = None) -> Autoe
         raise ValueError(f"{name}: found {class_name!r} in config.json; allowed is {' or '.join(_CLASSES)}")
     try:
         autoencoder, report = _CLASSES[class_name].from_pretrained(
-            source, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True, **place
+            source, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True, **place, **kind
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{name}: its weights do not load as {class_name} ({_one_line(error)})") from error

@@ -142,8 +142,10 @@ class TextEncoder(nn.Module):
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> TextEncoder:
+    def from_pretrained(cls, folder: str | Path, *, variant: str | None = None) -> TextEncoder:
         """Read what `save_pretrained` wrote, or those two folders of a Stable Diffusion folder; never the network.
+
+        `variant` is `fp16` for a file called `model.fp16.safetensors`.
 
         Raises FileNotFoundError when one is missing.
         """
@@ -152,7 +154,7 @@ class TextEncoder(nn.Module):
                 raise FileNotFoundError(
                     f"{folder}: found no {part} folder; a saved text encoder has one; check the path"
                 )
-        return load_clip(str(folder))
+        return load_clip(str(folder), variant=variant)
 
 
 def build_text_encoder(config: TextConfig) -> TextEncoder:
@@ -174,11 +176,16 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
     return encoder.requires_grad_(False).eval()
 
 
-def load_clip(name: str, *, length: int | None = None, layer: Layer = "last") -> TextEncoder:
+def load_clip(
+    name: str, *, length: int | None = None, layer: Layer = "last", variant: str | None = None
+) -> TextEncoder:
     """A CLIP text model and tokenizer in transformers' form from a folder or hub id, cut at `length` and `layer`."""
     tokenizer = CLIPTokenizer.from_pretrained(**pretrained_location(name, "tokenizer", "tokenizer_config.json"))
     model, report = CLIPTextModel.from_pretrained(
-        **pretrained_location(name, "text_encoder", "config.json"), use_safetensors=True, output_loading_info=True
+        **pretrained_location(name, "text_encoder", "config.json"),
+        use_safetensors=True,
+        output_loading_info=True,
+        variant=variant,
     )
     if report["missing_keys"]:
         raise ValueError(

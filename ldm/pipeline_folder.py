@@ -84,10 +84,16 @@ def read_components(folder: Path) -> Components:
     if encoder not in ("CLIPTextModel", None):
         raise UserError(f"{folder}: found text encoder {encoder}; allowed is CLIPTextModel")
     with user_input(str(folder), ValueError, OSError, SafetensorError):
-        vae = load_autoencoder(str(folder), subfolder="vae")
-        text_encoder = TextEncoder.from_pretrained(folder) if encoder else None
+        vae = load_autoencoder(str(folder), subfolder="vae", variant=_variant(folder / "vae"))
+        text_encoder = None
+        if encoder:
+            text_encoder = TextEncoder.from_pretrained(folder, variant=_variant(folder / "text_encoder"))
         unet, report = UNet2DConditionModel.from_pretrained(
-            folder / "unet", local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder / "unet",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            variant=_variant(folder / "unet"),
         )
         if report["missing_keys"]:  # diffusers would leave them at random values and only warn
             raise ValueError(f"unet: {len(report['missing_keys'])} weights are missing from the file; save it again")
@@ -97,6 +103,12 @@ def read_components(folder: Path) -> Components:
     components = Components(vae, unet, noise_scheduler, text_encoder, semantic_encoder, label_encoder)
     _check_inputs(components, folder)
     return components
+
+
+def _variant(part: Path) -> str | None:
+    """`fp16` where the weights are there as `*.fp16.safetensors` only, as many published folders have them."""
+    names = {path.name for path in part.glob("*.safetensors")}
+    return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 def _check_inputs(components: Components, folder: Path) -> None:

@@ -384,3 +384,18 @@ def test_a_hub_id_is_fetched_without_pickles(folder: Path, monkeypatch: pytest.M
     assert pipeline.name == "someone/their-model"
     [(name, options)] = asked
     assert name == "someone/their-model" and "*.bin" in options["ignore_patterns"]
+
+
+def test_a_folder_of_half_precision_files_alone_opens(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "whole")
+    opened = LatentDiffusionPipeline.from_pretrained(tmp_path / "whole")
+    for part, name in (
+        ("vae", "diffusion_pytorch_model"),
+        ("unet", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        file = tmp_path / "whole" / part / f"{name}.safetensors"
+        file.rename(file.with_name(f"{name}.fp16.safetensors"))
+    renamed = LatentDiffusionPipeline.from_pretrained(tmp_path / "whole")
+    settings = {"num_inference_steps": 2, "seed": 0, "output_type": "latent"}
+    assert torch.equal(renamed("a circle", **settings).images, opened("a circle", **settings).images)
