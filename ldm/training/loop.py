@@ -43,6 +43,7 @@ class TrainingConfig:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     validate_every: int = 1000
+    validate_first: bool = False  # before the first step too, to compare with when a model is trained further
     log_every: int = 10
 
     def __post_init__(self) -> None:
@@ -69,6 +70,7 @@ FREE_TO_CHANGE = (
     "training.log_every",
     "training.steps",
     "training.validate_every",
+    "training.validate_first",
     "training.workers",
 )
 """Config keys that may differ when a run goes on. Most change no sample and, but for rounding, no gradient; learning
@@ -144,6 +146,8 @@ def train(stage: Stage, batches: Iterable[Batch], config: TrainingConfig, run: R
         stack.callback(tracking.close)
         progress = stack.enter_context(_progress(config, run))
         meter = _Meter(config.batch_size)
+        if config.validate_first and run.start_step == 0:
+            _validate(stage, -1, run, tracking)
         for step in range(run.start_step, config.steps):
             values, stop = _update(stage, micro_batches, step, config, run, quarantine, stopping)
             done = step + 1

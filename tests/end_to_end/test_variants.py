@@ -329,7 +329,9 @@ def test_a_lora_is_trained_saved_loaded_and_exported(commands, small_run, capsys
         unet={},
         lora={"rank": 2, "text_encoder": True},
         ema_decay=0,
+        training={**LDM["training"], "validate_first": True},
     )
+    assert {path.name for path in (run / "samples").iterdir()} == {"step-0.png", "step-3.png"}
     checkpoint = {name for _, name in checkpoint_tensors(run, 3)}
     assert all("lora_" in name for name in checkpoint if "optimization_step" not in name)
     base, merged = (LatentDiffusionPipeline.from_pretrained(folder) for folder in (start, run / "pipeline"))
