@@ -21,8 +21,9 @@ def area_mean(values: Tensor, height: int, width: int) -> Tensor:
     columns = _overlap_matrix(values.shape[-1], width)  # [w, W]
     area = float(rows[0].sum() * columns[0].sum())
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    rows, columns = (matrix.to(values.device, dtype) for matrix in (rows, columns))
-    summed = rows @ values.to(dtype) @ columns.T  # [B, C, h, w]
+    rows, columns = (matrix.to(values.device, dtype, non_blocking=True) for matrix in (rows, columns))
+    with torch.autocast(values.device.type, enabled=False):  # which would compute in half precision
+        summed = rows @ values.to(dtype) @ columns.T  # [B, C, h, w]
     return (summed / area).to(values.dtype)
 
 
@@ -42,8 +43,8 @@ def area_shares(indices: Tensor, classes: int, height: int, width: int) -> Tenso
     for row, tall in rows:
         for column, wide in columns:
             cell = (row * width).view(-1, 1) + column  # [H, W]
-            weight = (tall.view(-1, 1) * wide).to(device, torch.float32)  # [H, W]
-            place = base + cell.to(device)  # [B, H, W]
+            weight = (tall.view(-1, 1) * wide).to(device, torch.float32, non_blocking=True)  # [H, W]
+            place = base + cell.to(device, non_blocking=True)  # [B, H, W]
             shares.scatter_add_(0, place.flatten(), weight.expand_as(place).flatten())
     return shares.div_(area / (height * width)).view(batch, classes, height, width)
 

@@ -93,7 +93,7 @@ class Conditions:
 
 def choose(keep: Tensor, kept: Tensor, other: Tensor) -> Tensor:
     """`kept` [B, ...] where `keep` [B] (bool) is true, else `other` [B or 1, ...], sample by sample."""
-    return torch.where(keep.to(kept.device).view(-1, *[1] * (kept.ndim - 1)), kept, other)
+    return torch.where(keep.to(kept.device, non_blocking=True).view(-1, *[1] * (kept.ndim - 1)), kept, other)
 
 
 def dropped(rate: float, uniforms: Tensor) -> Tensor:

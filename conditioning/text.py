@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -186,6 +187,7 @@ def load_clip(
         use_safetensors=True,
         output_loading_info=True,
         variant=variant,
+        dtype=torch.float32,  # else that of the file
     )
     if report["missing_keys"]:
         raise ValueError(

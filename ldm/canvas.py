@@ -25,6 +25,8 @@ from ldm.mask_shaping import (
 )
 
 FillName = Literal["original", "blur", "grey", "noise"]
+MOST_PIXELS = 2**27
+"""Of an extended picture: 134 million, a photograph's largest size and more than a model can draw."""
 GREY = 127.5
 """The middle of 0 to 255, which is 0 for the model."""
 
@@ -163,6 +165,9 @@ def extend(
     for name, amount in amounts.items():
         if amount < 0:
             raise UserError(f"{name}: found {amount} pixels to add; allowed is 0 or more; crop the picture beforehand")
+    pixels = (image.width + left + right) * (image.height + top + bottom)
+    if pixels > MOST_PIXELS:
+        raise UserError(f"found {pixels:,} pixels to make; allowed is {MOST_PIXELS:,}; extend the picture by less")
     if not any(amounts.values()):
         raise UserError("found 0 pixels to add on all four sides; allowed is 1 or more on at least one")
     mask = Image.new("L", (image.width + left + right, image.height + top + bottom), 255)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -227,10 +228,10 @@ def claim_run_folder(config: Any, folder: Path, free: Sequence[str]) -> None:
             if not key.startswith(tuple(free)):
                 raise UserError(
                     f"{key}: found {_shown(new)}, but the run in {folder} began with {_shown(old)}; "
-                    f"give {key}={old} to go on with it, or out=ANOTHER_FOLDER to start a new run"
+                    f"give {key}={_shown(old)} to go on with it, or out=ANOTHER_FOLDER to start a new run"
                 )
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(".config.yaml.partial")
+    partial = path.with_name(f".config.yaml.{os.getpid()}.partial")  # every process writes the same
     try:
         with user_input(f"{path}: cannot be written", OSError):
             partial.write_text(dump(config), encoding="utf-8")

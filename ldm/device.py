@@ -22,7 +22,8 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device: found {name!r}; allowed is auto, cpu, cuda, cuda:N or mps") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    # torch keeps the index in 8 bits: of cuda:99999 a negative number remains.
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise UserError(f"device: found {name}; this machine has {found} usable CUDA devices; use auto or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

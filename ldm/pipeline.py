@@ -134,6 +134,9 @@ class LatentDiffusionPipeline(LatentDiffusionModel):
             width=width,
             repeats=num_images_per_prompt,
         )
+        sizes = {canvas.original.size for canvas in request.canvases or ()}
+        if output_type in ("np", "pt") and len(sizes) > 1:
+            raise UserError(f"output_type: found {output_type} for pictures of sizes {sorted(sizes)}; allowed is pil")
         # Outside the network's own conditions a mask is no condition: it is held to by blending.
         scales = resolve_scales(guidance_scale, request.given() & set(self.conditions))
         strength = _strength(request, strength)

@@ -65,7 +65,7 @@ def check_generators(
 def seeds_from(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     """The seed of each of `count` images: counted up from `seed`, from a random number if None, or those given."""
     first = secrets.randbelow(2**32) if seed is None else seed
-    seeds = tuple(range(first, first + count)) if isinstance(first, int) else tuple(first)
+    seeds = tuple(first) if isinstance(first, Sequence) else tuple(range(int(first), int(first) + count))
     if len(seeds) != count:
         raise UserError(f"seed: found {len(seeds)} for {count} images; allowed is one, or one for each image")
     wrong = [number for number in seeds if not 0 <= number < 2**63]

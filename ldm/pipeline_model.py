@@ -19,6 +19,7 @@ from conditioning.label import LabelEncoder
 from conditioning.semantic import SemanticEncoder
 from conditioning.text import TextEncoder
 from ldm.device import choose_device, choose_dtype
+from ldm.errors import UserError
 from ldm.guidance import CONDITIONS
 from ldm.pipeline_folder import Components, find_folder, read_components, write_components
 from ldm.pipeline_inputs import check_side
@@ -172,16 +173,21 @@ class LatentDiffusionModel:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents as the U-Net sees them [B, C, h, w] -> images [B, 3, H, W] in [-1, 1], float32."""
+        """Latents as the U-Net sees them [B, C, h, w] -> images [B, 3, H, W] in [-1, 1], float32.
+
+        Raises UserError for a picture that is not finite.
+        """
         raw = from_unet(self.vae, latents.to(self.vae.dtype))
         images = decode(self.vae, raw).float()
-        if self.vae.dtype != torch.float16 or images.isfinite().all():
+        if images.isfinite().all():
             return images
-        logger.warning("the autoencoder overflowed in fp16; this batch is decoded in fp32")
-        try:
-            return decode(self.vae.to(torch.float32), from_unet(self.vae, latents.float()))
-        finally:
-            self.vae.to(torch.float16)
+        if self.vae.dtype == torch.float16 and latents.isfinite().all():
+            logger.warning("the autoencoder overflowed in fp16; this batch is decoded in fp32")
+            try:
+                return decode(self.vae.to(torch.float32), from_unet(self.vae, latents.float()))
+            finally:
+                self.vae.to(torch.float16)
+        raise UserError("the picture came out as NaN or Inf; lower the guidance scale, or compute in fp32 (dtype)")
 
     def networks(self) -> list[nn.Module]:
         """All that has weights."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from conditioning.label import LabelEncoder
 from conditioning.semantic import SemanticEncoder, read_map
 from ldm.canvas import Canvas, InpaintingOptions, prepare_canvas
+from ldm.data.images import to_rgb
 from ldm.data.sample import UNKNOWN_CLASS, UNKNOWN_LABEL
 from ldm.errors import UserError, user_input
 from ldm.mask_shaping import window
@@ -86,7 +87,7 @@ def make_request(
 ) -> Request:
     """Check and complete what the pipeline's call was given. Raises UserError."""
     if prompt_embeds is not None:
-        prompt = _stand_in_prompts(prompt, prompt_embeds)
+        prompt = _stand_in_prompts(model, prompt, prompt_embeds)
     count = max(_length(value) for value in (prompt, image, mask_image, semantic_map, label))
     if isinstance(prompt, str) or len(prompt) == 1:
         prompt = [prompt if isinstance(prompt, str) else prompt[0]] * count
@@ -96,20 +97,19 @@ def make_request(
         return None if value is None else _for_each(name, value, len(prompts) // repeats, repeats)
 
     images, masks = each("image", image), each("mask_image", mask_image)
-    for picture in images or ():
-        if not isinstance(picture, Image.Image):
-            raise UserError(f"image: found a {type(picture).__name__}; allowed is a PIL picture, or several in a list")
+    images = None if images is None else [_rgb(picture) for picture in images]
     maps = each("semantic_map", semantic_map)
     labels = each("label", label)
     request = Request(prompts, negatives, 0, 0)
     if prompt_embeds is not None:
-        request = replace(request, prompt_embeds=prompt_embeds.repeat_interleave(repeats, dim=0))
+        embeds = prompt_embeds.expand(len(prompts) // repeats, -1, -1)
+        request = replace(request, prompt_embeds=embeds.repeat_interleave(repeats, dim=0))
     if masks is not None:
         request = _with_canvases(request, model, images, masks, inpainting, height, width)
     else:
-        request = _with_size(request, model, images, maps, height, width)
+        request = _with_size(request, model, images, height, width)
     if maps is not None:
-        request = replace(request, maps=_maps(model.semantic_encoder, maps, request))
+        request = replace(request, maps=_maps(model.semantic_encoder, maps, request, images))
     if labels is not None:
         request = replace(request, labels=_labels(model.label_encoder, labels))
     return request
@@ -128,9 +128,21 @@ def _for_each(name: str, value: Any, count: int, repeats: int) -> list[Any]:
     return [one for one in values for _ in range(repeats)]
 
 
-def _stand_in_prompts(prompt: str | Sequence[str], prompt_embeds: Tensor) -> list[str]:
-    if prompt_embeds.ndim != 3:
-        raise UserError(f"prompt_embeds: found shape {list(prompt_embeds.shape)}; allowed is [prompts, tokens, width]")
+def _rgb(picture: object) -> Image.Image:
+    """The picture as it is read from a file: transparency on white, 16 bits as 8."""
+    if not isinstance(picture, Image.Image):
+        raise UserError(f"image: found a {type(picture).__name__}; allowed is a PIL picture, or several in a list")
+    with user_input("image"):
+        return to_rgb(picture)
+
+
+def _stand_in_prompts(model: LatentDiffusionModel, prompt: str | Sequence[str], prompt_embeds: Tensor) -> list[str]:
+    text = model.text_encoder
+    if text is None:
+        raise UserError("prompt_embeds: found some; this model has no text encoder; leave them out")
+    if prompt_embeds.ndim != 3 or tuple(prompt_embeds.shape[1:]) != (text.length, text.width):
+        allowed = f"[prompts, {text.length}, {text.width}]"
+        raise UserError(f"prompt_embeds: found shape {list(prompt_embeds.shape)}; allowed is {allowed}")
     if prompt not in ("", [], ()):
         raise UserError("prompt: found together with prompt_embeds; allowed is one of them")
     return [""] * len(prompt_embeds)
@@ -140,19 +152,21 @@ def _with_size(
     request: Request,
     model: LatentDiffusionModel,
     images: list[Image.Image] | None,
-    maps: list[Any] | None,
     height: int | None,
     width: int | None,
 ) -> Request:
-    """The size asked for; else the nearest one to the image's or the map's own that the model can draw."""
-    if images is not None and height is None and width is None:
-        height, width = (_nearest(side, model.factor) for side in images[0].size[::-1])
-    height, width = model.resolve_size(height, width)
+    """The size asked for; else the nearest one to the images' own that the model can draw; else the model's."""
     if images is None:
+        height, width = model.resolve_size(height, width)
         return replace(request, height=height, width=width)
+    sizes = {one.size for one in images}
+    if len(sizes) > 1 and (height is None or width is None):
+        raise UserError(f"image: found sizes {sorted(sizes)} in one call; allowed is one; give height and width too")
+    own = [_nearest(side, model.factor) for side in images[0].size[::-1]]
+    height, width = model.resolve_size(own[0] if height is None else height, own[1] if width is None else width)
     size = (width, height)
     resized = [one if one.size == size else one.resize(size, Image.Resampling.LANCZOS) for one in images]
-    return replace(request, height=height, width=width, images=[one.convert("RGB") for one in resized])
+    return replace(request, height=height, width=width, images=resized)
 
 
 def _nearest(side: int, factor: int) -> int:
@@ -188,24 +202,38 @@ def _with_canvases(
     return replace(request, height=height, width=width, canvases=canvases)
 
 
-def _maps(encoder: SemanticEncoder | None, maps: list[Any], request: Request) -> list[Tensor]:
-    """Index maps as tensors; those of an inpainted picture go through the same crop and padding as the picture."""
+def _maps(
+    encoder: SemanticEncoder | None, maps: list[Any], request: Request, images: list[Image.Image] | None
+) -> list[Tensor]:
+    """Index maps as tensors of one size; those of a picture are cropped, padded or resized as the picture is."""
     if encoder is None:
         raise UserError("semantic_map: found a map; this model takes none; use one that was trained with maps")
     result: list[Tensor] = []
     for number, given in enumerate(maps):
         with user_input("semantic_map"):
-            found = given.long() if isinstance(given, Tensor) else read_map(given)  # [H, W]
+            arrays = isinstance(given, Tensor | np.ndarray)
+            found = torch.as_tensor(given).long() if arrays else read_map(given)  # [H, W]
+            if found.ndim != 2:
+                raise ValueError(f"found shape {list(found.shape)}; allowed is [height, width]")
             encoder.check(found)
         if request.canvases is not None:
             found = _map_on_canvas(found, request.canvases[number])
+        elif images is not None and tuple(found.shape[::-1]) == images[number].size:
+            found = _resized_map(found, request)
         elif found.shape[0] * request.width != found.shape[1] * request.height:
             raise UserError(
                 f"semantic_map: found {found.shape[1]} x {found.shape[0]} pixels for a picture of {request.width} x "
                 f"{request.height}; allowed is the same shape at any size; give --size or crop the map"
             )
         result.append(found)
-    return result
+    alike = len({tuple(found.shape) for found in result}) == 1
+    return result if alike else [_resized_map(found, request) for found in result]
+
+
+def _resized_map(found: Tensor, request: Request) -> Tensor:
+    """The nearest pixel's class at the size that is drawn."""
+    size = (request.height, request.width)
+    return torch.nn.functional.interpolate(found[None, None].double(), size, mode="nearest-exact")[0, 0].long()
 
 
 def _map_on_canvas(found: Tensor, canvas: Canvas) -> Tensor:
@@ -224,5 +252,5 @@ def _map_on_canvas(found: Tensor, canvas: Canvas) -> Tensor:
 def _labels(encoder: LabelEncoder | None, labels: list[int | str | None]) -> Tensor:
     if encoder is None:
         raise UserError("label: found one; this model takes none; use one that was trained with labels")
-    with user_input("label"):
+    with user_input("label", ValueError, TypeError):
         return torch.tensor([UNKNOWN_LABEL if label is None else encoder.index_of(label) for label in labels])

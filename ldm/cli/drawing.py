@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.cli.options import DrawingOptions
-from ldm.errors import UserError, user_input
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -58,18 +59,13 @@ def open_model(arguments: argparse.Namespace) -> LatentDiffusionPipeline:
 
     disable_progress_bar()  # of loading weights: the bar that people wait for is ours
     loras = [parse_lora(text) for text in arguments.lora]
-    pipeline = open_pipeline(
-        arguments.model, dtype=arguments.dtype, device=arguments.device, allow_pickle=arguments.allow_pickle
+    return open_pipeline(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        allow_pickle=arguments.allow_pickle,
+        loras=loras,
     )
-    if loras:
-        from ldm.adapter_layers import bake
-        from ldm.adapters import load_lora
-
-        text_model = pipeline.text_encoder.model if pipeline.text_encoder is not None else None
-        for number, (path, weight) in enumerate(loras):
-            load_lora(pipeline.unet, text_model, path, weight, name=f"lora{number}")
-        bake(pipeline.unet, text_model)  # nothing is trained here, so drawing need not pay for them
-    return pipeline
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -77,8 +73,13 @@ def parse_lora(text: str) -> tuple[Path, float]:
     path, _, weight = text.rpartition("=") if not Path(text).is_file() else (text, "", "1")
     if not Path(path).is_file():
         raise UserError(f"--lora {text}: found no such file; allowed is FILE or FILE=WEIGHT; check the path")
-    with user_input(f"--lora {text}"):
-        return Path(path), float(weight)
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"--lora {text}: found the weight {weight!r}; allowed is a number, such as 0.8")
+    return Path(path), number
 
 
 def noise_of(pipeline: LatentDiffusionPipeline, seed: int, options: DrawingOptions) -> tuple[Tensor, torch.Generator]:

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--dtype: found {arguments.dtype!r}; allowed is {', '.join(DTYPES)}")
     if arguments.to in ("lora", "kohya-lora"):
         _export_lora(arguments)
+    elif arguments.base is not None:
+        raise UserError(f"--base: found with --to {arguments.to}; it goes with lora and kohya-lora; leave it out")
     else:
         _export_model(arguments)
     print(arguments.out)
@@ -89,4 +91,7 @@ def _base_of(run: Path) -> str:
     config = run / "config.yaml"
     if not config.is_file():
         raise UserError(f"{run}: found no config.yaml that names the model it changes; give it with --base MODEL")
-    return str(yaml.safe_load(config.read_text(encoding="utf-8"))["model"])
+    base = yaml.safe_load(config.read_text(encoding="utf-8")).get("model")
+    if base is None:
+        raise UserError(f"{run}: found no LoRA, its run trained a whole model; give the run of a LoRA, or --base MODEL")
+    return str(base)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.data.loader import Item, Wanted, collate, make_item
-from ldm.data.sample import BadSample, Batch, Sample, Source
+from ldm.data.sample import UNKNOWN_CLASS, BadSample, Batch, Sample, Source
 from ldm.data.sources import DataConfig
 from ldm.data.transforms import transform
 from ldm.errors import UserError
@@ -63,23 +65,39 @@ def fixed_batches(
     wanted: Wanted,
     seed: int,
     label_names: Sequence[str] = (),
+    semantic_names: Sequence[str] = (),
 ) -> Iterator[Batch]:
     """Batches of `fixed_samples` with the conditions that `wanted` names; the masks are drawn for (seed, position).
 
-    Labels are numbered as in `label_names`, the training's, by name: this source may hold others, or in another order.
+    Labels and classes of maps are numbered as in `label_names` and `semantic_names`, the training's, by name: this
+    source may hold others, or in another order. Samples that cannot be used are left out.
     """
     items: list[Item] = []
-    positions = range(0)
-    for position, (sample, _) in enumerate(fixed_samples(source, config, count)):
-        tensors = transform(sample, config, None)
-        if sample.label is not None and label_names:
-            name = source.classes[sample.label]
-            sample = replace(sample, label=label_names.index(name) if name in label_names else None)
-        generator = generator_for(seed, "fixed mask", position)
-        items.append(make_item(sample, sample.captions[0], tensors, config.resolution, None, wanted, generator))
-        positions = range(positions.start, position + 1)
+    first = 0
+    for sample, _ in fixed_samples(source, config, count):
+        generator = generator_for(seed, "fixed mask", first + len(items))
+        try:
+            named = _by_name(sample, source, label_names, semantic_names)
+            tensors = transform(named, config, None)
+            items.append(make_item(named, named.captions[0], tensors, config.resolution, None, wanted, generator))
+        except BadSample:
+            continue
         if len(items) == batch_size:
-            yield collate(items, positions)
-            items, positions = [], range(position + 1, position + 1)
+            yield collate(items, range(first, first + len(items)))
+            first, items = first + len(items), []
     if items:
-        yield collate(items, positions)
+        yield collate(items, range(first, first + len(items)))
+
+
+def _by_name(sample: Sample, source: Source, label_names: Sequence[str], semantic_names: Sequence[str]) -> Sample:
+    """The sample with the numbers that the names have in training; what training does not know becomes unknown."""
+    if sample.label is not None and label_names and source.classes:
+        name = source.classes[sample.label]
+        sample = replace(sample, label=label_names.index(name) if name in label_names else None)
+    theirs = tuple(source.semantic_classes)
+    if sample.semantic is None or not semantic_names or not theirs or theirs == tuple(semantic_names):
+        return sample
+    table = np.full(256, UNKNOWN_CLASS, dtype=np.uint8)
+    for number, name in enumerate(theirs):
+        table[number] = semantic_names.index(name) if name in semantic_names else UNKNOWN_CLASS
+    return replace(sample, semantic=Image.fromarray(table[np.asarray(sample.semantic)]))

@@ -84,9 +84,6 @@ class FolderSource:
     def read(self, index: int, *, with_image: bool = True) -> Sample:
         """Sample `index`; see `Source`."""
         row = self.entries.row(index)
-        for part in ("label", "semantic", "mask"):
-            if part in self._parts and getattr(row, part) is None:
-                raise BadSample(row.file_name, f"its {part} is missing; give one to all images or to none")
         image = open_image(self.root / row.file_name, key=row.file_name) if with_image else None
         return Sample(
             key=row.file_name,

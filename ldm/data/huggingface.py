@@ -69,7 +69,7 @@ class HuggingFaceSource:
                 sizes = f"{part.width}x{part.height}, the image {image.width}x{image.height}"
                 raise BadSample(key, f"its {name} is {sizes}; they must be of one size")
         captions = _captions(row.pop(self.caption_column), key)
-        label = self._label(row.pop(self.label_column), key) if self.label_column is not None else None
+        label = self._label(row.pop(self.label_column)) if self.label_column is not None else None
         return Sample(key, image, captions, semantic, mask, label, extra=row)
 
     def _picture(self, row: dict[str, Any], name: str, key: str) -> Image.Image | None:
@@ -79,6 +79,8 @@ class HuggingFaceSource:
             return None
         value = row.pop(column)
         file = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+        if value is None and name != "image":  # what some samples lack is unknown for them
+            return None
         if not isinstance(file, bytes | str):
             raise BadSample(key, f"its {name} (column {column!r}) is missing")
         try:
@@ -86,9 +88,9 @@ class HuggingFaceSource:
         except BadSample as error:
             raise BadSample(key, error.reason if name == "image" else f"its {name}: {error.reason}") from error
 
-    def _label(self, value: object, key: str) -> int:
+    def _label(self, value: object) -> int | None:
         if value is None or value == -1:  # -1 is how `datasets` writes "no label" for class labels
-            raise BadSample(key, f"its label (column {self.label_column!r}) is missing; give one to all rows")
+            return None
         return value if isinstance(value, int) else self._label_index[str(value)]
 
 

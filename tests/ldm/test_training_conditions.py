@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conditioning.encoders import CONDITION_PARTS
+from conditioning.encoders import CONDITION_PARTS, ConditionEncoders
 from conditioning.inpainting import InpaintingConfig
 from conditioning.label import LabelConfig
 from conditioning.semantic import SemanticConfig, SemanticEncoder
@@ -26,7 +26,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.pipeline_conditions import _nothing
 from ldm.pipeline_request import Request
 from ldm.training.conditions import ConditionsConfig, condition_inputs, draw_losing, wanted_of
-from ldm.training.networks import build_conditioned_unet, build_encoders
+from ldm.training.networks import build_conditioned_unet, build_encoders, encoders_beside
 from ldm.unet import UNetConfig
 
 ALL = ConditionsConfig(
@@ -35,6 +35,7 @@ ALL = ConditionsConfig(
     inpainting=InpaintingConfig(full_mask=0.25, dropout=0.2),
     label=LabelConfig(width=6, dropout=0.5),
 )
+NEW = ConditionEncoders()
 DATA = DataConfig(source="folder", root="unused", resolution=32)
 
 
@@ -69,7 +70,7 @@ class Pictures:
 
 def encoders():
     torch.manual_seed(0)
-    return build_encoders(ALL, Pictures())
+    return build_encoders(ALL, Pictures(), NEW)
 
 
 def batches(source: Pictures, steps: int = 3, **options: object) -> list[Batch]:
@@ -116,7 +117,8 @@ def test_what_is_dropped_is_what_the_pipeline_tells_when_it_is_left_out(conditio
     nothing = _nothing(pipeline, Request([""] * 4, [""] * 4, 32, 32))
     for part in ("tokens", "mask", "semantic", "labels"):
         assert torch.equal(getattr(told, part), getattr(nothing, part)), part
-    assert torch.allclose(told.masked_latents, nothing.masked_latents, atol=1e-5)
+    # One grey picture, or four of them: convolutions round otherwise in a batch of another size.
+    assert torch.allclose(told.masked_latents, nothing.masked_latents, atol=2e-3)
 
 
 @pytest.mark.parametrize("dropped", CONDITIONS)
@@ -203,6 +205,10 @@ def test_fixed_batches_number_labels_by_name():
     assert batch.labels.tolist() == [1, -1, 1, -1]  # dog is the training's class 1, owls it does not know
 
 
+class Unnamed(Pictures):
+    semantic_classes = ()
+
+
 def test_classes_come_from_the_data_or_a_file(tmp_path):
     (tmp_path / "classes.txt").write_text("sky\nroad\n")
     config = ConditionsConfig(
@@ -210,7 +216,9 @@ def test_classes_come_from_the_data_or_a_file(tmp_path):
         semantic=SemanticConfig(classes=str(tmp_path / "classes.txt")),
         label=LabelConfig(classes=4),
     )
-    built = build_encoders(config, Pictures())
+    with pytest.raises(UserError, match="the data says background, circle, square"):
+        build_encoders(config, Pictures(), NEW)
+    built = build_encoders(config, Unnamed(), NEW)
     assert built.semantic.classes == ("sky", "road")
     assert built.label.classes == ("cat", "dog", "2", "3")
     assert set(config.dropouts()) == {"semantic", "label"}
@@ -231,7 +239,7 @@ class Nameless(Pictures):
 )
 def test_missing_classes_are_named(config, message):
     with pytest.raises(UserError) as error:
-        build_encoders(ConditionsConfig(text=TextConfig(encoder="none"), **config), Nameless())
+        build_encoders(ConditionsConfig(text=TextConfig(encoder="none"), **config), Nameless(), NEW)
     assert message in str(error.value)
 
 
@@ -250,9 +258,10 @@ def test_a_grown_model_draws_what_it_drew(make_pipeline, tmp_path, new):
     text = TextConfig(encoder="clip", pretrained=str(tmp_path / "plain"), length=16)
     config = ConditionsConfig(text=text, **new)
     torch.manual_seed(1)
-    built = build_encoders(config, Pictures(), str(tmp_path / "plain"))
+    own = encoders_beside(str(tmp_path / "plain"))
+    built = build_encoders(config, Pictures(), own)
     unet = build_conditioned_unet(
-        UNetConfig(pretrained=str(tmp_path / "plain")), config, built, latent_channels=4, sample_size=16
+        UNetConfig(pretrained=str(tmp_path / "plain")), config, built, own, latent_channels=4, sample_size=16
     )
     grown = LatentDiffusionPipeline(
         plain.vae,
@@ -279,9 +288,10 @@ def test_a_model_with_maps_takes_on_masks_and_keeps_its_map_encoder(make_pipelin
     old.save_pretrained(tmp_path / "old")
     text = TextConfig(encoder="clip", pretrained=str(tmp_path / "old"), length=16)
     config = ConditionsConfig(text=text, semantic=SemanticConfig(channels=5), inpainting=InpaintingConfig())
-    built = build_encoders(config, Pictures(), str(tmp_path / "old"))
+    own = encoders_beside(str(tmp_path / "old"))
+    built = build_encoders(config, Pictures(), own)
     unet = build_conditioned_unet(
-        UNetConfig(pretrained=str(tmp_path / "old")), config, built, latent_channels=4, sample_size=16
+        UNetConfig(pretrained=str(tmp_path / "old")), config, built, own, latent_channels=4, sample_size=16
     )
     grown = LatentDiffusionPipeline(old.vae, built.text, unet, old.noise_scheduler, semantic_encoder=built.semantic)
     given = {"semantic_map": torch.ones(32, 32).long(), "num_inference_steps": 3, "scheduler": "ddim", "seed": 0}
@@ -295,5 +305,5 @@ def test_another_vocabulary_than_the_pretrained_one_is_refused(tmp_path):
         build_encoders(
             ConditionsConfig(text=TextConfig(encoder="none"), semantic=SemanticConfig(channels=5)),
             Pictures(),
-            str(tmp_path),
+            encoders_beside(str(tmp_path)),
         )
