@@ -66,6 +66,8 @@ class LatentDiffusionModel:
         the network. `dtype` and `device` as in `ldm.device`. A safety checker in the folder is not used. Raises
         UserError.
         """
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, device)  # what is not there is told before any file is read
         name = Path(path).resolve().name if Path(path).exists() else str(path)
         return cls.from_components(read_components(find_folder(path)), name=name, dtype=dtype, device=device)
 

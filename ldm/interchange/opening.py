@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ldm.device import choose_device, choose_dtype
 from ldm.interchange.single_file import read_single_file
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.pipeline_folder import Components, find_folder, read_components
@@ -32,6 +33,8 @@ def open_pipeline(
     loras: Sequence[tuple[Path, float]] = (),
 ) -> LatentDiffusionPipeline:
     """`LatentDiffusionPipeline.from_pretrained` for single files and runs too, with LoRAs (file, weight) merged."""
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)  # what is not there is told before any file is read
     name = Path(path).stem if Path(path).suffix in SINGLE_FILES else Path(path).resolve().name
     parts = read_model(path, allow_pickle=allow_pickle)
     if loras:

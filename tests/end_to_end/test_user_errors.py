@@ -144,7 +144,7 @@ def images(folder: Path, good: int, bad: int = 0) -> Path:
         (["generate", "--model", "/none/at/all", "--prompt", "a"], "/none/at/all: no such folder"),
         (["generate", "--model", "m", "--prompts", "none.txt"], "--prompts none.txt"),
         (["generate", "--model", "m", "--prompts", "empty.txt"], "found no prompt"),
-        (["generate", "--model", "m"], "found no prompt"),
+        (["generate", "--model", "m"], "m: no such folder"),  # a model without text needs no prompt
         (["generate", "--model", "m", "--prompt", "a", "--size", "big"], "--size: found 'big'"),
         (["generate", "--model", "m", "--prompt", "a", "--scheduler", "dmp++"], "did you mean dpm++?"),
         (["generate", "--model", "m", "--prompt", "a", "--guidance", "-1"], "guidance_scale: found -1.0"),
