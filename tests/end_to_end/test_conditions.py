@@ -12,7 +12,7 @@ SCENES = {
     "resolution": 24,
     "scenes": {
         "count": 4000,
-        "objects": ["circle", "cross"],
+        "objects": ["circle", "cross", "triangle"],
         "colours": ["red", "green", "blue"],
         "backgrounds": ["white", "black"],
         "sizes": ["large"],
