@@ -15,15 +15,18 @@ def main() -> int:
 
 def train_autoencoder(config_path: Path, overrides: list[str]) -> None:
     """Build what the config names, train it, and write the finished autoencoder."""
+    from dataclasses import replace
+
     from autoencoder.model import build_autoencoder
     from ldm.config import claim_run_folder, load
     from ldm.data.sources import open_source
     from ldm.errors import user_input
     from ldm.randomness import seed_weights
-    from ldm.training.loop import open_quarantine, train, training_batches
+    from ldm.training.loop import open_quarantine, restore, train, training_batches
     from ldm.training.run import describe_parameters, open_run
     from ldm.training.stage1 import AutoencoderStage, Stage1Config
     from ldm.training.stage1_result import finish
+    from ldm.training.watch import BEST, Watch, watched
 
     config = load(Stage1Config, config_path, overrides)
     source = open_source(config.data)
@@ -41,9 +44,15 @@ def train_autoencoder(config_path: Path, overrides: list[str]) -> None:
     # Only now, as all that the config names has been found: a run that never began binds nobody to its config.
     with run.accelerator.main_process_first():
         claim_run_folder(config, folder, config.free_to_change)
-    train(stage, batches, config.training, run, open_quarantine(source, config.data, run))
+    watch = Watch(folder, every=config.training.validate_every, metric=config.keep_best) if config.keep_best else None
+    train(stage, batches, config.training, run, open_quarantine(source, config.data, run), watch)
     if run.accelerator.is_main_process:
         finish(stage, config, run, source, validation_source)
+        best = watch.best() if watch is not None else None
+        if best is not None:
+            run.say(f"best of {watched(best)}:")
+            restore(stage, best)
+            finish(stage, config, replace(run, folder=folder / BEST), source, validation_source)
     run.close()
 
 

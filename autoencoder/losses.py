@@ -104,15 +104,18 @@ class ReconstructionLoss(nn.Module):
     """Weighted reconstruction terms, with the learned log-scale `logvar` if the config asks for it.
 
     `parameters()` and `state_dict()` hold `logvar` or nothing: give them to the autoencoder's optimiser and checkpoint.
-    LPIPS is frozen and follows `.to(...)`, but is neither trained, saved nor synchronised.
+    LPIPS is frozen and follows `.to(...)`, but is neither trained, saved nor synchronised; `lpips` is one in place of
+    that whose weights the config names.
     """
 
-    def __init__(self, config: AutoencoderLossConfig) -> None:
+    def __init__(self, config: AutoencoderLossConfig, lpips: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
         self.logvar = nn.Parameter(torch.zeros(())) if config.learned_logvar else None
         # In a tuple, so that torch does not register it: 60 MB that never change have no place in a checkpoint.
-        self._unregistered: tuple[nn.Module, ...] = (build_lpips(config),) if config.perceptual == "lpips" else ()
+        self._unregistered: tuple[nn.Module, ...] = ()
+        if config.perceptual == "lpips":
+            self._unregistered = (build_lpips(config) if lpips is None else lpips,)
 
     @property
     def lpips(self) -> nn.Module | None:
@@ -194,9 +197,16 @@ def build_lpips(config: AutoencoderLossConfig) -> nn.Module:
         return _NoTrainLpips(net=config.lpips_network)
     path = _weights_file(Path(config.lpips_weights), config)
     weights = _read_weights(path, config.lpips_allow_pickle)
-    network = _NoTrainLpips(net=config.lpips_network, pnet_rand=True)
+    network = random_lpips(config)
     _load_trunk(network.net, path, weights)
     return network
+
+
+def random_lpips(config: AutoencoderLossConfig) -> Any:
+    """The LPIPS network that `config` names, its trunk of random weights: to measure the cost, of no use as a loss."""
+    from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+    return _NoTrainLpips(net=config.lpips_network, pnet_rand=True)
 
 
 def lpips_distance(network: nn.Module, images: Tensor, reconstructions: Tensor) -> Tensor:

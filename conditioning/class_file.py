@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-UNKNOWN_CLASS = 255
-"""The value of a semantic map's pixel that says nothing, as in `ldm.data.sample`; so there are 255 classes at most."""
+from conditioning.unknown import UNKNOWN_CLASS as UNKNOWN_CLASS
+
 MOST_NAMED = 50
 """Stray colours that an error names (the most frequent ones first); `StrayColoursError.strays` holds all."""
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 Index = int | slice | Sequence[int] | Tensor
+CONDITIONS = ("inpainting", "semantic", "label", "text")
+"""All there are, in the order in which guidance adds them: what fixes the structure first, text last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +65,6 @@ class Conditions:
     def repeat_interleave(self, repeats: int) -> Conditions:
         """Each sample `repeats` times in a row: a, b -> a, a, b, b."""
         return self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def where(self, keep: Tensor, other: Conditions) -> Conditions:
-        """Each sample from here where `keep` [B] is true, else from `other`, whose batch size is the same or 1."""
-        parts = {}
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if (mine is None) != (theirs is None):
-                raise ValueError(f"{field.name}: found in one of the two conditions only; allowed is both or neither")
-            parts[field.name] = None if mine is None else choose(keep, mine, theirs)
-        return Conditions(**parts)
 
     @staticmethod
     def cat(batches: Sequence[Conditions]) -> Conditions:

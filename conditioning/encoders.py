@@ -20,7 +20,7 @@ CONDITION_PARTS = {
     "label": ("labels",),
     "text": ("tokens", "context"),
 }
-"""Every condition by name, in the order in which guidance composes them, with its parts of `ConditionInputs`."""
+"""The parts of `ConditionInputs` that belong to each of `CONDITIONS`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +100,19 @@ class ConditionEncoders(nn.Module):
             spatial=torch.cat([part.to(spatial[-1].dtype) for part in spatial], dim=1) if spatial else None,
             class_embedding=None if self.label is None or inputs.labels is None else self.label(inputs.labels),
         )
+
+    def combined(self, nothing: Conditions, full: Conditions, names: Collection[str]) -> Conditions:
+        """The conditions called `names` as in `full`, the others as in `nothing`: two results of `forward`."""
+
+        def chosen(name: str) -> Conditions:
+            return full if name in names else nothing
+
+        spatial = None
+        if full.spatial is not None and nothing.spatial is not None:
+            maps_from = full.spatial.shape[1] - self.semantic_channels
+            masks, maps = chosen("inpainting").spatial, chosen("semantic").spatial
+            spatial = torch.cat([masks[:, :maps_from], maps[:, maps_from:]], dim=1)  # [B, S, h, w]
+        return Conditions(chosen("text").context, spatial, chosen("label").class_embedding)
 
     def _context(self, inputs: ConditionInputs) -> Tensor | None:
         if self.text is None or inputs.context is not None or inputs.tokens is None:

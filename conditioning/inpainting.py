@@ -83,11 +83,6 @@ def draw_mask(
     return (stroke_mask if by_stroke < BRUSHES[kind].stroke_share else box_mask)(height, width, generator, kind)
 
 
-def full_masks(batch: int, height: int, width: int) -> Tensor:
-    """`batch` full masks, what a sample without the condition has: ones, float32 [B, 1, H, W]."""
-    return torch.ones(batch, 1, height, width)
-
-
 def mask_to_latents(masks: Tensor, height: int, width: int) -> Tensor:
     """Masks [B, 1, H, W] at latent size, [B, 1, h, w]: the share of each cell that is to be repainted.
 

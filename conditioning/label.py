@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from conditioning.encoder_folder import read_config, read_weights, write_encoder
-
-UNKNOWN_LABEL = -1
-"""The label of a sample that has none, or lost it to dropout."""
+from conditioning.unknown import UNKNOWN_LABEL as UNKNOWN_LABEL
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from conditioning.clip_tokenizer import VOCABULARY_SIZE, clean, clip_vocabulary_tokenizer
 from conditioning.folders import pretrained_location
+from conditioning.words import new_words, written_out
 
+logger = logging.getLogger(__name__)
 EncoderKind = Literal["clip", "openclip", "trained", "model", "none"]
 Layer = Literal["last", "penultimate"]
 
@@ -107,10 +110,16 @@ class TextEncoder(nn.Module):
         """Tokens L that a caption is padded or cut to."""
         return self.tokenizer.model_max_length
 
+    @property
+    def blocks(self) -> int:
+        """Transformer blocks of the model."""
+        return self.model.config.num_hidden_layers
+
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Token ids, int64 [B, L]: start, the caption cut to L - 2, end, padding."""
+        """Token ids, int64 [B, L]: start, the caption cut to L - 2, end, padding. Words with n vectors are n tokens."""
+        words = new_words(self.tokenizer)
         encoded = self.tokenizer(
-            [clean(caption) for caption in captions],
+            [written_out(clean(caption), words) for caption in captions],
             padding="max_length",
             truncation=True,
             max_length=self.length,
@@ -120,7 +129,7 @@ class TextEncoder(nn.Module):
 
     def truncated(self, caption: str) -> str:
         """The end of the (cleaned) caption that does not fit into the text window; empty when all of it does."""
-        text = clean(caption)
+        text = written_out(clean(caption), new_words(self.tokenizer))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         kept = self.length - 2  # the start and the end token take two places
         if len(encoded.input_ids) <= kept:
@@ -128,9 +137,12 @@ class TextEncoder(nn.Module):
         first_lost, _ = encoded.offset_mapping[kept]
         return text[first_lost:].strip()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Context [B, L, C] of token ids [B, L]."""
-        return self.model(input_ids=tokens).last_hidden_state  # [B, L, C]
+    def forward(self, tokens: Tensor, clip_skip: int = 0) -> Tensor:
+        """Context [B, L, C] of token ids [B, L], without the last `clip_skip` blocks: 0 to `blocks` - 1."""
+        if clip_skip == 0:
+            return self.model(input_ids=tokens).last_hidden_state  # [B, L, C]
+        states = self.model(input_ids=tokens, output_hidden_states=True).hidden_states  # before and after each block
+        return self.model.final_layer_norm(states[-1 - clip_skip])  # [B, L, C]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/text_encoder and `folder`/tokenizer in diffusers' layout (safetensors)."""
@@ -177,23 +189,38 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
     return encoder.requires_grad_(False).eval()
 
 
+class _WholeTokenizer:
+    """Makes a ValueError of what the tokenizers library raises for a broken file: a bare Exception, and none else."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is Exception:
+            raise ValueError(f"pretrained: found a broken tokenizer ({error}); fetch it again") from error
+
+
 def load_clip(
     name: str, *, length: int | None = None, layer: Layer = "last", variant: str | None = None
 ) -> TextEncoder:
     """A CLIP text model and tokenizer in transformers' form from a folder or hub id, cut at `length` and `layer`."""
-    tokenizer = CLIPTokenizer.from_pretrained(**pretrained_location(name, "tokenizer", "tokenizer_config.json"))
+    with _WholeTokenizer():
+        tokenizer = CLIPTokenizer.from_pretrained(**pretrained_location(name, "tokenizer", "tokenizer_config.json"))
     model, report = CLIPTextModel.from_pretrained(
         **pretrained_location(name, "text_encoder", "config.json"),
         use_safetensors=True,
         output_loading_info=True,
         variant=variant,
         dtype=torch.float32,  # else that of the file
+        ignore_mismatched_sizes=True,  # so that they are in the report
     )
-    if report["missing_keys"]:
+    if lost := sorted(report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}):
         raise ValueError(
-            f"pretrained: found {name} without {len(report['missing_keys'])} weights of a CLIP text model, "
-            f"such as {sorted(report['missing_keys'])[0]}; allowed is a whole one; check the folder"
+            f"pretrained: found {name} without {len(lost)} weights of its CLIP text model, or with them in another "
+            f"shape: {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}; allowed is a whole one; check the folder"
         )
+    if left := sorted(report["unexpected_keys"]):
+        logger.warning("%s: not read are %d weights that no text model has, such as %s", name, len(left), left[0])
     tokenizer.model_max_length = length or min(tokenizer.model_max_length, model.config.max_position_embeddings)
     return TextEncoder(tokenizer, without_last_block(model) if layer == "penultimate" else model)
 

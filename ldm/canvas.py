@@ -43,12 +43,16 @@ class InpaintingOptions:
             pixels around it ("only the masked region"), 32 as a rule.
         fill: what stands in the hole at the start, which matters at strength < 1: "original" what is there, "blur" the
             colours around it, "grey", or "noise", which the pipeline makes (the canvas then keeps the original).
+        blend: each step ends at the known latents outside the mask, also in a network that was trained with masks: what
+            it draws then fits into the hole better. AUTOMATIC1111 and ComfyUI do so, diffusers does not. A network
+            without mask channels always blends.
     """
 
     dilate: int = 0
     feather: int = 0
     crop_padding: int | None = None
     fill: FillName = "original"
+    blend: bool = True
 
     def __post_init__(self) -> None:
         for name in ("dilate", "feather", "crop_padding"):
@@ -77,6 +81,7 @@ class Canvas:
     inner_size: tuple[int, int]
     """(width, height) of that part in `image`; right of it and below it lies padding."""
     fill: FillName
+    blend: bool
 
     @property
     def empty(self) -> bool:
@@ -149,6 +154,7 @@ def prepare_canvas(
         box=box,
         inner_size=inner_size,
         fill=options.fill,
+        blend=options.blend,
     )
 
 

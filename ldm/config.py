@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from ldm.errors import UserError, user_input
+from ldm.files import write_text
 
 Config = TypeVar("Config")
 
@@ -231,10 +231,4 @@ def claim_run_folder(config: Any, folder: Path, free: Sequence[str]) -> None:
                     f"give {key}={_shown(old)} to go on with it, or out=ANOTHER_FOLDER to start a new run"
                 )
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".config.yaml.{os.getpid()}.partial")  # every process writes the same
-    try:
-        with user_input(f"{path}: cannot be written", OSError):
-            partial.write_text(dump(config), encoding="utf-8")
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, dump(config))  # every process writes the same

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import sys
+from pathlib import Path
+
 import torch
 
 from ldm.errors import UserError
@@ -52,3 +57,41 @@ def _fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that there are on the device; of the CPU what this machine has, or this process is allowed to use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    written = [path.read_text(encoding="utf-8").strip() for path in limits if path.is_file()]
+    return min([total, *(int(limit) for limit in written if limit.isdecimal())])
+
+
+def start_peak(device: torch.device) -> None:
+    """Forget the peak so far. Where the system cannot (all but Linux), `peak_memory` is that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5): the resident set's high-water mark
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most since `start_peak`: what torch held of a CUDA device, on a CPU all memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return _resident_set("VmHWM")
+
+
+def process_memory() -> int:
+    """Bytes of main memory that this process has now (outside Linux: the most it has had)."""
+    return _resident_set("VmRSS")
+
+
+def _resident_set(field: str) -> int:
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

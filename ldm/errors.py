@@ -20,5 +20,13 @@ def user_input(what: str, *exceptions: type[Exception]) -> Iterator[None]:
     try:
         yield
     except turned as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(_told(error, what).split()) or type(error).__name__
         raise UserError(f"{what}: {reason}") from error
+
+
+def _told(error: Exception, what: str) -> str:
+    """The error in words: of the system's own neither the number nor a file that `what` names already."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    named = error.filename is not None and str(error.filename) not in what
+    return f"{error.strerror}: {error.filename}" if named else error.strerror

@@ -13,15 +13,13 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from conditioning.conditions import Conditions
+from conditioning.conditions import CONDITIONS, Conditions
 from ldm.errors import UserError
 from ldm.noise import NoiseSchedule
 from ldm.projected_guidance import ApgOptions, ProjectedGuidance, rescale
 
 Denoiser = Callable[[Tensor, Tensor, Conditions], Tensor]
 """(latents [B, C, h, w], timesteps [B], conditions of B) -> the network's prediction [B, C, h, w]."""
-CONDITIONS = ("inpainting", "semantic", "label", "text")
-"""The order in which guidance adds the conditions: what fixes the structure first, text last."""
 EVERYWHERE = (0.0, 1.0)
 """The interval that holds every timestep."""
 ROUNDING = 1e-6
@@ -110,12 +108,8 @@ class Guidance:
 
     @property
     def evaluations_per_step(self) -> int:
-        """Evaluations of the network for each image and timestep inside the interval."""
+        """Evaluations of the network for each image and timestep inside the interval; outside it is one."""
         return len(self.needed)
-
-    def evaluations(self, timestep: float) -> int:
-        """Evaluations of the network for each image at `timestep`: `evaluations_per_step`, or 1 outside."""
-        return len(self.needed) if self._inside(timestep) else 1
 
     def __call__(self, latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The guided prediction [B, C, h, w], float32, for latents [B, C, h, w], timesteps [B], conditions of B or 1.

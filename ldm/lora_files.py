@@ -8,7 +8,6 @@ modules with a `text_model.` that transformers >= 5.6 has no more in memory; her
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,11 +17,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.errors import UserError, user_input
+from ldm.errors import UserError
+from ldm.files import whole_file
 
 LoraKind = Literal["diffusers", "kohya"]
 TEXT_PREFIX = "text_model."
@@ -57,6 +56,7 @@ class LoraInfo:
     base_model: str = ""
     trigger_words: tuple[str, ...] = ()
     architecture: str = ""  # ModelSpec's name, such as stable-diffusion-v1/lora
+    license: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,15 +89,8 @@ def save_lora(path: str | Path, lora: Lora, *, kind: LoraKind = "diffusers", dty
         tensors = {key: tensor if key.endswith(".alpha") else tensor.to(dtype) for key, tensor in tensors.items()}
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     header = _header_of(lora.info) | (_kohya_header(lora) if kind == "kohya" else _diffusers_header(lora))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with user_input(f"{path}: cannot be written", OSError, SafetensorError):
-            save_file(tensors, partial, metadata=header)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata=header)
 
 
 def _stem(network: str, module: str) -> str:
@@ -161,6 +154,7 @@ INFO_KEYS = {
     "title": "modelspec.title",
     "architecture": "modelspec.architecture",
     "trigger_words": "modelspec.trigger_phrase",
+    "license": "modelspec.license",
     "base_model": "base_model",
 }
 """ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec) where it has a name for it."""
@@ -169,4 +163,5 @@ INFO_KEYS = {
 def _header_of(info: LoraInfo) -> dict[str, str]:
     values = {**vars(info), "trigger_words": ", ".join(info.trigger_words)}
     written = {INFO_KEYS[name]: value for name, value in values.items() if value}
-    return {"format": "pt", "modelspec.sai_model_spec": "1.0.1"} | written
+    needed = {"sai_model_spec": "1.0.1", "implementation": "https://github.com/huggingface/diffusers"}
+    return {"format": "pt"} | {f"modelspec.{key}": value for key, value in needed.items()} | written

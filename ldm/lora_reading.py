@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,37 @@ _PEFT_PARTS = {"lora_A.weight": "down", "lora_B.weight": "up", "alpha": "alpha"}
 _PEFT_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|alpha)")
 
 
+RUN_FILE = "lora.safetensors"
+"""What a run calls the LoRA that it made."""
+
+
+def lora_file(path: str | Path) -> Path:
+    """The file meant by `path`: it itself, that in the folder of a run, or in one that diffusers saved a LoRA in.
+
+    Raises UserError when there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in (RUN_FILE, LORA_WEIGHT_NAME_SAFE):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path}: found no {RUN_FILE} in it; allowed is a LoRA's file or the run that made one; check it")
+
+
+def lora_name(file: Path) -> str:
+    """What people call the LoRA in `file`: the name of its run, where that is what it lies in, else of the file."""
+    return file.resolve().parent.name if file.name in (RUN_FILE, LORA_WEIGHT_NAME_SAFE) else file.stem
+
+
 def read_lora(path: str | Path, unet_modules: Iterable[str], text_modules: Iterable[str] = ()) -> Lora:
-    """Read a LoRA file, or the one in a folder that diffusers saved, in either naming, also diffusers' older ones.
+    """Read a LoRA, from a file or a folder as in `lora_file`, in either naming, also diffusers' older ones.
 
     The module names of the model are needed since kohya's naming cannot be undone without them. Tensors keep their
     type; a module without alpha has alpha = rank. Raises UserError, naming the first key that does not belong, for
     another kind of file, a LoRA of another model, and what is no plain LoRA (DoRA, LoHa, LoKr, biases).
     """
-    path = Path(path) / LORA_WEIGHT_NAME_SAFE if Path(path).is_dir() else Path(path)
+    path = lora_file(path)
     tensors, header = _read(path)
     modules = {"unet": tuple(unet_modules), "text_encoder": tuple(text_modules)}
     if any(key.startswith(("lora_unet_", "lora_te")) for key in tensors):
@@ -52,12 +76,25 @@ def read_lora(path: str | Path, unet_modules: Iterable[str], text_modules: Itera
     return Lora(unet, text, _info_of(header))
 
 
+def checked_lora(path: str | Path) -> Path:
+    """The file meant by `path`, as `lora_file`; raises UserError, before a model is read, unless it is whole."""
+    path = lora_file(path)
+    with _opened(path):
+        return path
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a LoRA in .safetensors form, or the folder of one")
     reason = f"{path}: found no safetensors file, the only form that is opened"
     with user_input(reason, OSError, SafetensorError), safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        yield file
 
 
 _Parts = dict[tuple[str, str], dict[str, tuple[str, Tensor]]]

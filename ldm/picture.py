@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.files import whole_file
 
 CELL_WIDTH = 160
 """Pixels: pictures in a grid are enlarged to at least this width, so that a caption finds room under them."""
@@ -181,8 +179,8 @@ def save_png(image: Image.Image, path: str | Path, parameters: str | None = None
     information = PngInfo()
     if parameters is not None:
         information.add_text("parameters", parameters)
-    with _whole_file(Path(path)) as file:
-        image.save(file, format="PNG", pnginfo=information)
+    with whole_file(path) as partial:
+        image.save(partial, format="PNG", pnginfo=information)
 
 
 def save_animation(
@@ -205,9 +203,9 @@ def save_animation(
         frames, exif = list(images), Image.Exif()
         exif.get_ifd(EXIF_DETAILS)[EXIF_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
         options = {"lossless": True, "exif": exif}
-    with _whole_file(Path(path)) as file:
+    with whole_file(path) as partial:
         frames[0].save(
-            file,
+            partial,
             format=kind.upper(),
             save_all=True,
             append_images=frames[1:],
@@ -215,22 +213,6 @@ def save_animation(
             loop=0,
             **options,
         )
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which lies beside `path` until it is synced and renamed. Raises UserError if the disk fails."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_parameters(path: str | Path) -> str | None:

@@ -14,19 +14,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from autoencoder.model import latent_channels
+from conditioning.conditions import Conditions
 from ldm.canvas import InpaintingOptions
 from ldm.data.images import to_tensor
 from ldm.errors import UserError
-from ldm.guidance import Guidance, GuidanceOptions, check_guidance_scale, resolve_scales
+from ldm.guidance import Guidance, GuidanceOptions, resolve_scales
 from ldm.noise import NoiseSchedule
 from ldm.picture import to_numpy, to_pil, to_unit
-from ldm.pipeline_conditions import draw_noise, known_of, tell
+from ldm.pipeline_conditions import blends_latents, draw_noise, known_of, tell
 from ldm.pipeline_inputs import batches, check_generators
 from ldm.pipeline_model import LatentDiffusionModel
 from ldm.pipeline_request import ImageInput, LabelInput, MapInput, Request, make_request
 from ldm.sampling import noise_config_of, sample, set_timesteps, starting_step
 
-InpaintingWay = Literal["mask channels", "latent blending"]
+InpaintingWay = Literal["mask channels", "latent blending", "mask channels and latent blending"]
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepEnd = Callable[["LatentDiffusionPipeline", int, Tensor, dict[str, Any]], dict[str, Any] | None]
 """diffusers' callback_on_step_end(pipeline, step, timestep, {"latents": ...}) -> a dict, whose "latents" are used."""
@@ -43,8 +44,8 @@ class LatentDiffusionOutput:
             [B, H, W, 3] in [0, 1]; "pt": float32 [B, 3, H, W] in [0, 1]; "latent": float32 x_0 [B, C, h, w], as the
             U-Net sees it.
         seeds: by which each image is drawn again alone; None if the caller gave generators.
-        inpainting: how a mask was used: "mask channels" by a network that was trained with masks, "latent blending" by
-            one that was not; None without a mask.
+        inpainting: how a mask was used: by the "mask channels" of a network that was trained with masks, by "latent
+            blending", or by both; None without a mask.
         evaluations_per_step: how often the network is evaluated for each image and step (see `Guidance`).
     """
 
@@ -79,6 +80,7 @@ class LatentDiffusionPipeline(LatentDiffusionModel):
         seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
         scheduler: str | SchedulerMixin | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepEnd | None = None,
@@ -107,6 +109,8 @@ class LatentDiffusionPipeline(LatentDiffusionModel):
             seed: image i is drawn from seed + i, or from the i-th of several, whatever the batch; random if None.
             latents: [number of images, C, h, w], standard normal, in place of drawn noise.
             prompt_embeds: [number of prompts, L, C], in place of the prompts' encoding.
+            clip_skip: how many of the text encoder's last blocks the prompt leaves out, as in diffusers: 1 is A1111's
+                "Clip skip: 2". The negative prompt goes through all of them, there too.
             scheduler: a name in `ldm.sampling.SCHEDULERS` or a diffusers scheduler; default the model's own.
             output_type: see `LatentDiffusionOutput`.
             callback_on_step_end: called after every step of every batch with (pipeline, step, timestep, {"latents"}).
@@ -115,9 +119,6 @@ class LatentDiffusionPipeline(LatentDiffusionModel):
         Raises:
             UserError: for an argument that cannot be used; it names the allowed values.
         """
-        if output_type not in get_args(OutputType):
-            raise UserError(f"output_type: found {output_type!r}; allowed is {', '.join(get_args(OutputType))}")
-        check_guidance_scale(guidance_scale)
         if latents is not None and latents.ndim == 4 and image is None:
             height, width = height or latents.shape[2] * self.factor, width or latents.shape[3] * self.factor
         request = make_request(
@@ -125,6 +126,7 @@ class LatentDiffusionPipeline(LatentDiffusionModel):
             prompt=prompt,
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,
+            clip_skip=clip_skip,
             image=image,
             mask_image=mask_image,
             semantic_map=semantic_map,
@@ -134,6 +136,41 @@ class LatentDiffusionPipeline(LatentDiffusionModel):
             width=width,
             repeats=num_images_per_prompt,
         )
+        return self.draw(
+            request,
+            strength=strength,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance=guidance,
+            generator=generator,
+            seed=seed,
+            latents=latents,
+            scheduler=scheduler,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            batch_size=batch_size,
+        )
+
+    @torch.no_grad()
+    def draw(
+        self,
+        request: Request,
+        *,
+        strength: float | None = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float | Mapping[str, float] = 5.0,
+        guidance: GuidanceOptions = NO_GUIDANCE_OPTIONS,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        scheduler: str | SchedulerMixin | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepEnd | None = None,
+        batch_size: int | None = None,
+    ) -> LatentDiffusionOutput:
+        """Draw what `make_request` made of a call's prompts and pictures; the arguments are that call's."""
+        if output_type not in get_args(OutputType):
+            raise UserError(f"output_type: found {output_type!r}; allowed is {', '.join(get_args(OutputType))}")
         sizes = {canvas.original.size for canvas in request.canvases or ()}
         if output_type in ("np", "pt") and len(sizes) > 1:
             raise UserError(f"output_type: found {output_type} for pictures of sizes {sorted(sizes)}; allowed is pil")
@@ -145,17 +182,13 @@ class LatentDiffusionPipeline(LatentDiffusionModel):
         starting_step(num_inference_steps, strength)  # and so is an impossible strength
         seeds, generators = check_generators(generator, seed, len(request))
         noise = self._noise(latents, generators, request)
-        noise_schedule = None
-        if guidance.interval != NO_GUIDANCE_OPTIONS.interval or guidance.apg is not None:
-            noise_schedule = NoiseSchedule.from_config(noise_config_of(noise_scheduler)).to(self.device)
+        callback = self._step_callback(callback_on_step_end)
         results, evaluations = [], 1
         with _evaluation_mode(*self.networks()):
             for part in batches(len(request), batch_size):
                 of_part = generators if isinstance(generators, torch.Generator) else generators[part]
                 told = tell(self, request[part], tuple(scales))
-                denoiser = Guidance(
-                    self.predict, told[:-1], list(scales.values()), guidance, noise_schedule=noise_schedule
-                )
+                denoiser = self._guided(told[:-1], list(scales.values()), guidance, noise_scheduler)
                 evaluations = denoiser.evaluations_per_step
                 x_0 = sample(
                     denoiser,
@@ -164,15 +197,32 @@ class LatentDiffusionPipeline(LatentDiffusionModel):
                     told[-1],
                     num_inference_steps,
                     of_part,
-                    self._step_callback(callback_on_step_end),
+                    callback,
                     known_of(self, request[part], strength, of_part),
                 )
                 results.append(x_0 if output_type == "latent" else self.decode_latents(x_0))
         images = _as_output(_stitched(torch.cat(results), request, output_type), output_type)
-        way: InpaintingWay | None = None
-        if request.canvases is not None:
-            way = "mask channels" if "inpainting" in self.conditions else "latent blending"
-        return LatentDiffusionOutput(images, seeds, way, evaluations)
+        return LatentDiffusionOutput(images, seeds, self._way(request), evaluations)
+
+    def _way(self, request: Request) -> InpaintingWay | None:
+        if request.canvases is None:
+            return None
+        if "inpainting" not in self.conditions:
+            return "latent blending"
+        return "mask channels and latent blending" if blends_latents(self, request) else "mask channels"
+
+    def _guided(
+        self,
+        without: Sequence[Conditions],
+        scales: Sequence[float],
+        options: GuidanceOptions,
+        noise_scheduler: SchedulerMixin,
+    ) -> Guidance:
+        """The network under guidance; a new one for each batch, since APG remembers steps."""
+        schedule = None
+        if options.interval != NO_GUIDANCE_OPTIONS.interval or options.apg is not None:
+            schedule = NoiseSchedule.from_config(noise_config_of(noise_scheduler)).to(self.device)
+        return Guidance(self.predict, without, scales, options, noise_schedule=schedule)
 
     def _step_callback(self, callback: StepEnd | None) -> Callable[[int, Tensor, Tensor], Tensor | None] | None:
         if callback is None:

@@ -12,34 +12,38 @@ from conditioning.encoders import ConditionInputs
 from conditioning.inpainting import mask_to_latents, masked_image
 from ldm.canvas import Canvas
 from ldm.data.images import to_tensor
-from ldm.data.sample import UNKNOWN_CLASS, UNKNOWN_LABEL
 from ldm.pipeline_model import LatentDiffusionModel
-from ldm.pipeline_request import Request
+from ldm.pipeline_request import Request, stacked_maps
 from ldm.sampling import Known, initial_latents
 
 
 def tell(model: LatentDiffusionModel, request: Request, chain: Sequence[str]) -> list[Conditions]:
     """What the U-Net is told: nothing, then with the first of `chain`, the first two, ..., all of them."""
     height, width = request.height // model.factor, request.width // model.factor
-    full, nothing = _inputs(model, request), _nothing(model, request)
-    told = [nothing.replaced(chain[:number], full) for number in range(len(chain) + 1)]
-    return [model.encoders(inputs, height, width).to(model.device, model.dtype) for inputs in told]
+    absent = _nothing(model, request)
+    both = [absent, absent.replaced(chain, _inputs(model, request))]
+    nothing, full = [model.encoders(inputs, height, width).to(model.device, model.dtype) for inputs in both]
+    between = [model.encoders.combined(nothing, full, chain[:number]) for number in range(1, len(chain))]
+    return [nothing, *between, full] if chain else [nothing]
 
 
 def _inputs(model: LatentDiffusionModel, request: Request) -> ConditionInputs:
     """The conditions that the request gives."""
     tokens = mask = masked_latents = semantic = None
+    context = request.prompt_embeds
     if model.text_encoder is not None:
         tokens = model.text_encoder.tokenize(request.prompts).to(model.device)
+        if request.clip_skip:
+            context = model.text_encoder(tokens, request.clip_skip)  # [B, L, C]
     if request.canvases is not None:
         images = torch.stack([to_tensor(canvas.image) for canvas in request.canvases])  # [B, 3, H, W]
         masks = _masks(request.canvases)  # [B, 1, H, W]
         masked_latents = model.encode_images(masked_image(images, masks))
         mask = mask_to_latents(masks.to(model.device), *masked_latents.shape[-2:])  # [B, 1, h, w]
     if request.maps is not None:
-        semantic = torch.stack(request.maps).to(model.device)
+        semantic = stacked_maps(request).to(model.device)  # [B, H, W]
     labels = None if request.labels is None else request.labels.to(model.device)
-    return ConditionInputs(tokens, mask, masked_latents, semantic, labels, request.prompt_embeds)
+    return ConditionInputs(tokens, mask, masked_latents, semantic, labels, context)
 
 
 def _nothing(model: LatentDiffusionModel, request: Request) -> ConditionInputs:
@@ -53,9 +57,9 @@ def _nothing(model: LatentDiffusionModel, request: Request) -> ConditionInputs:
         masked_latents = grey.expand(count, -1, -1, -1)
         mask = torch.ones_like(masked_latents[:, :1])
     if model.semantic_encoder is not None:
-        semantic = torch.full((count, *size), UNKNOWN_CLASS, device=model.device)
+        semantic = model.semantic_encoder.unknown_map(count, *size)
     if model.label_encoder is not None:
-        labels = torch.full((count,), UNKNOWN_LABEL, device=model.device)
+        labels = model.label_encoder.unknown_labels(count)
     return ConditionInputs(tokens, mask, masked_latents, semantic, labels)
 
 
@@ -66,7 +70,7 @@ def known_of(
     generators: torch.Generator | Sequence[torch.Generator],
 ) -> Known | None:
     """What the result starts from and, where the network knows no masks, is held to."""
-    blends = request.canvases is not None and "inpainting" not in model.conditions
+    blends = blends_latents(model, request)
     if not blends and (strength == 1 or (request.images is None and request.canvases is None)):
         return None
     pictures = request.images or [canvas.image for canvas in request.canvases or ()]
@@ -79,6 +83,13 @@ def known_of(
         noise = draw_noise(generators, latents.shape).to(latents)
         latents = torch.where(mask > 0, noise, latents)
     return Known(latents, strength, mask if blends else None)
+
+
+def blends_latents(model: LatentDiffusionModel, request: Request) -> bool:
+    """Whether each step ends at the known latents outside the mask."""
+    if request.canvases is None:
+        return False
+    return request.canvases[0].blend or "inpainting" not in model.conditions
 
 
 def draw_noise(generators: torch.Generator | Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:

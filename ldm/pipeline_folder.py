@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
-from safetensors import SafetensorError
 
 from autoencoder.model import Autoencoder, latent_channels, load_autoencoder
 from conditioning.label import LabelEncoder
 from conditioning.semantic import SemanticEncoder
 from conditioning.text import TextEncoder
 from ldm.errors import UserError, user_input
+from ldm.files import whole_folder
 from ldm.growing import SpatialLayout
+from ldm.pipeline_weights import BROKEN, check_config, check_files, choose_variant, quiet_libraries, read_unet
 from ldm.sampling import make_scheduler, noise_config_of
 from ldm.unet import class_embedding_width_of, spatial_channels_of
 
 OUR_CLASS = "LatentDiffusionPipeline"
 DIFFUSERS_CLASS = "StableDiffusionPipeline"
 DIFFUSERS_INPAINT_CLASS = "StableDiffusionInpaintPipeline"
-KNOWN_CLASSES = (DIFFUSERS_CLASS, DIFFUSERS_INPAINT_CLASS, OUR_CLASS)
+KNOWN_CLASSES = (DIFFUSERS_CLASS, DIFFUSERS_INPAINT_CLASS, "StableDiffusionImg2ImgPipeline", OUR_CLASS)
 OUR_ENCODERS = {"semantic_encoder": SemanticEncoder, "label_encoder": LabelEncoder}
 HUB_FOLDERS = ("vae", "unet", "text_encoder", "tokenizer", "scheduler", *OUR_ENCODERS)
 HUB_FILES = ["model_index.json", *(f"{folder}/*" for folder in HUB_FOLDERS)]
@@ -46,8 +43,10 @@ class Components:
     label_encoder: LabelEncoder | None = None
 
 
-def find_folder(path: str | Path) -> Path:
+def find_folder(path: str | Path, variant: str | None = None) -> Path:
     """The local folder of a pipeline; an `owner/name` that is no local path is downloaded from the Hugging Face hub.
+
+    Of weights the plain files are fetched, or with `variant` those of that name.
 
     Raises UserError when there is no such folder and the name cannot be one of the hub's.
     """
@@ -68,47 +67,46 @@ def find_folder(path: str | Path) -> Path:
     with user_input(
         f"{path}: no such folder, and not on the hub", ValueError, OSError, HfHubHTTPError, LocalEntryNotFoundError
     ):
-        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_NOT))
+        files, not_those = HUB_FILES, HUB_FILES_NOT
+        if variant is not None:
+            files = ["model_index.json", *(f"{folder}/{name}" for folder in HUB_FOLDERS for name in _of(variant))]
+            not_those = []
+        return Path(snapshot_download(str(path), allow_patterns=files, ignore_patterns=not_those))
 
 
-def read_components(folder: Path) -> Components:
+def _of(variant: str) -> tuple[str, ...]:
+    """Patterns of the files that a part needs besides its weights, and of those weights."""
+    return "*.json", "*.txt", f"*.{variant}.safetensors", f"*.{variant}-*.safetensors"
+
+
+def read_components(folder: Path, *, variant: str | None = None) -> Components:
     """Open every part of the pipeline in `folder`, from safetensors only and with no network.
+
+    `variant` chooses among files, as `fp16` does `*.fp16.safetensors` (see `choose_variant`).
 
     Raises UserError for another kind of pipeline, a missing or broken file, and parts that do not fit together.
     """
-    index = _read_json(folder / "model_index.json")
+    index = check_config(folder / "model_index.json")
     kind = index.get("_class_name")
     if kind not in KNOWN_CLASSES:
         raise UserError(f"{folder}: found a {kind}; allowed is {', '.join(KNOWN_CLASSES)}")
-    encoder = (index.get("text_encoder") or [None, None])[1]
+    with user_input(f"{folder}: model_index.json", TypeError, KeyError, IndexError):
+        encoder = (index.get("text_encoder") or [None, None])[1]
     if encoder not in ("CLIPTextModel", None):
         raise UserError(f"{folder}: found text encoder {encoder}; allowed is CLIPTextModel")
-    with user_input(str(folder), ValueError, OSError, SafetensorError):
-        vae = load_autoencoder(str(folder), subfolder="vae", variant=_variant(folder / "vae"))
-        text_encoder = None
-        if encoder:
-            text_encoder = TextEncoder.from_pretrained(folder, variant=_variant(folder / "text_encoder"))
-        unet, report = UNet2DConditionModel.from_pretrained(
-            folder / "unet",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            variant=_variant(folder / "unet"),
-        )
-        if report["missing_keys"]:  # diffusers would leave them at random values and only warn
-            raise ValueError(f"unet: {len(report['missing_keys'])} weights are missing from the file; save it again")
+    parts = ["vae", "unet", *(["text_encoder"] if encoder else [])]
+    chosen = choose_variant(folder, parts, variant)
+    check_files(folder, parts)
+    with user_input(str(folder), *BROKEN), quiet_libraries():
+        vae = load_autoencoder(str(folder), subfolder="vae", variant=chosen["vae"])
+        unet = read_unet(folder / "unet", chosen["unet"])
         noise_scheduler = _read_scheduler(folder / "scheduler")
+        text_encoder = TextEncoder.from_pretrained(folder, variant=chosen["text_encoder"]) if encoder else None
         semantic_encoder = SemanticEncoder.from_pretrained(folder) if index.get("semantic_encoder") else None
         label_encoder = LabelEncoder.from_pretrained(folder) if index.get("label_encoder") else None
     components = Components(vae, unet, noise_scheduler, text_encoder, semantic_encoder, label_encoder)
     _check_inputs(components, folder)
     return components
-
-
-def _variant(part: Path) -> str | None:
-    """`fp16` where the weights are there as `*.fp16.safetensors` only, as many published folders have them."""
-    names = {path.name for path in part.glob("*.safetensors")}
-    return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 def _check_inputs(components: Components, folder: Path) -> None:
@@ -123,11 +121,29 @@ def _check_inputs(components: Components, folder: Path) -> None:
             f"allowed is {latents + allowed[0]} (latents, {semantic} of a map) or {latents + allowed[1]} (a mask and "
             f"masked latents too), and {latents}; check that its parts belong together"
         )
+    _check_text(components.text_encoder, unet, folder)
     width = components.label_encoder.width if components.label_encoder is not None else None
     if class_embedding_width_of(unet) != width:
         raise UserError(
             f"{folder}: found a U-Net whose class embedding is {class_embedding_width_of(unet)} wide; the folder's "
             f"label encoder gives {width}; check that its parts belong together"
+        )
+
+
+def _check_text(text: TextEncoder | None, unet: UNet2DConditionModel, folder: Path) -> None:
+    """Raise UserError unless tokenizer, text encoder and U-Net fit together."""
+    if text is None:
+        return
+    if unet.config.cross_attention_dim != text.width:
+        raise UserError(
+            f"{folder}: found a text encoder of width {text.width} and a U-Net that reads "
+            f"{unet.config.cross_attention_dim}; allowed is one width; check that its parts belong together"
+        )
+    largest, rows = max(text.tokenizer.get_vocab().values()), text.model.config.vocab_size
+    if largest >= rows:
+        raise UserError(
+            f"{folder}: found a tokenizer with ids up to {largest} and a text encoder of {rows} tokens; allowed is as "
+            "many; check that its parts belong together"
         )
 
 
@@ -148,7 +164,7 @@ def write_components(components: Components, folder: str | Path) -> None:
     if not hasattr(scheduler, "init_noise_sigma"):
         scheduler = make_scheduler("dpm++", noise_config_of(scheduler))
     unet = getattr(components.unet, "_orig_mod", components.unet)  # torch.compile's wrapper is no part of the model
-    with _replacing(folder) as partial:
+    with whole_folder(folder) as partial:
         components.vae.save_pretrained(partial / "vae", safe_serialization=True)
         unet.save_pretrained(partial / "unet", safe_serialization=True)
         scheduler.save_pretrained(partial / "scheduler")
@@ -180,43 +196,9 @@ def _model_index(components: Components, scheduler: SchedulerMixin) -> dict[str,
 
 
 def _read_scheduler(folder: Path) -> SchedulerMixin:
-    name = _read_json(folder / "scheduler_config.json").get("_class_name")
+    name = check_config(folder / "scheduler_config.json").get("_class_name")
     scheduler_class: Any = getattr(diffusers, str(name), None)
     known = isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)
     if not known:
         raise UserError(f"{folder}: found scheduler {name}; allowed is a scheduler class of diffusers")
     return scheduler_class.from_pretrained(folder, local_files_only=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with user_input(str(path)):
-        return json.loads(path.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` to write into, which takes its place at the end and vanishes after an error."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    former = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        # A full disk is an OSError to Python and a SafetensorError to safetensors.
-        with user_input(f"{folder}: cannot be written", OSError, SafetensorError):
-            partial.mkdir(parents=True)
-            yield partial
-            _sync(partial)
-            if folder.exists():
-                folder.rename(former)
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if former.exists() and not folder.exists():
-            former.rename(folder)
-        shutil.rmtree(former, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Have the disk hold every file before the rename makes them visible."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

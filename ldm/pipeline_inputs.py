@@ -46,6 +46,17 @@ def _check_text(text_encoder: TextEncoder | None, text: str) -> None:
         logger.warning("prompt longer than the text window of %d tokens; cut off: %r", text_encoder.length, cut)
 
 
+def check_clip_skip(text_encoder: TextEncoder | None, clip_skip: int | None) -> int:
+    """How many blocks the prompt leaves out. Raises UserError for more than the text encoder can spare."""
+    if not clip_skip:
+        return 0
+    most = 0 if text_encoder is None else text_encoder.blocks - 1
+    if not 0 < clip_skip <= most:
+        reason = "no text encoder" if text_encoder is None else f"a text encoder of {most + 1} blocks"
+        raise UserError(f"clip_skip: found {clip_skip}; allowed is 0 to {most}, as the model has {reason}")
+    return clip_skip
+
+
 def check_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | Sequence[int] | None, count: int
 ) -> tuple[tuple[int, ...] | None, torch.Generator | list[torch.Generator]]:

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 from autoencoder.latents import decode, encode, from_unet, to_unet
 from autoencoder.model import Autoencoder, downsampling_factor
-from conditioning.conditions import Conditions
+from conditioning.conditions import CONDITIONS, Conditions
 from conditioning.encoders import ConditionEncoders
 from conditioning.label import LabelEncoder
 from conditioning.semantic import SemanticEncoder
 from conditioning.text import TextEncoder
 from ldm.device import choose_device, choose_dtype
 from ldm.errors import UserError
-from ldm.guidance import CONDITIONS
 from ldm.pipeline_folder import Components, find_folder, read_components, write_components
-from ldm.pipeline_inputs import check_side
+from ldm.pipeline_inputs import check_clip_skip, check_side
+from ldm.pipeline_memory import MemorySavers
 from ldm.sampling import make_scheduler, noise_config_of
 from ldm.unet import denoise, spatial_channels_of
 
 logger = logging.getLogger(__name__)
 
 
-class LatentDiffusionModel:
+class LatentDiffusionModel(MemorySavers):
     """A latent diffusion model: autoencoder, encoders of its conditions, U-Net and noise scheduler.
 
     An encoder that is None is a condition that the model does not take; `conditions` names those that it takes.
@@ -58,18 +58,25 @@ class LatentDiffusionModel:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        variant: str | None = None,
     ) -> Self:
         """Open a folder that a training run or `save_pretrained` wrote, or any Stable Diffusion 1 / 2 folder.
 
         `path` may also be a Hugging Face hub id `owner/name`, which is then downloaded; a local folder never touches
-        the network. `dtype` and `device` as in `ldm.device`. A safety checker in the folder is not used. Raises
+        the network. `dtype` and `device` as in `ldm.device`, `variant` as in diffusers (`fp16`). A safety checker in
+        the folder is not used. `ldm.interchange.opening.open_pipeline` opens runs and single files too. Raises
         UserError.
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)  # what is not there is told before any file is read
         name = Path(path).resolve().name if Path(path).exists() else str(path)
-        return cls.from_components(read_components(find_folder(path)), name=name, dtype=dtype, device=device)
+        parts = read_components(find_folder(path, variant), variant=variant)
+        return cls.from_components(parts, name=name, dtype=dtype, device=device)
 
     @classmethod
     def from_components(
@@ -104,8 +111,8 @@ class LatentDiffusionModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net is."""
-        return next(self.unet.parameters()).device
+        """Where the U-Net computes."""
+        return self.execution_device or next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,12 +162,13 @@ class LatentDiffusionModel:
         return self.noise_scheduler if scheduler is None else scheduler
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditions:
+    def encode_prompts(self, prompts: Sequence[str], clip_skip: int = 0) -> Conditions:
         """What the U-Net is told of the prompts: context [B, L, C] in its type; nothing if the model has no text."""
         if self.text_encoder is None:
             return Conditions()
         tokens = self.text_encoder.tokenize(prompts).to(self.device)  # [B, L]
-        return Conditions(context=self.text_encoder(tokens).to(self.dtype))
+        context = self.text_encoder(tokens, check_clip_skip(self.text_encoder, clip_skip))
+        return Conditions(context=context.to(self.dtype))
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

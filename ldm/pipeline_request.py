@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ldm.data.images import to_rgb
 from ldm.data.sample import UNKNOWN_CLASS, UNKNOWN_LABEL
 from ldm.errors import UserError, user_input
 from ldm.mask_shaping import window
-from ldm.pipeline_inputs import check_prompts, check_side
+from ldm.pipeline_inputs import check_clip_skip, check_prompts, check_side, logger
 from ldm.pipeline_model import LatentDiffusionModel
 
 ImageInput = Image.Image | Sequence[Image.Image]
@@ -37,6 +37,7 @@ class Request:
         labels: int64 [N], -1 = unknown.
         images: RGB pictures of that size to start from.
         canvases: for inpainting; each holds its picture, its mask and the way back.
+        clip_skip: how many of the text encoder's last blocks the prompts leave out.
     """
 
     prompts: list[str]
@@ -48,21 +49,34 @@ class Request:
     labels: Tensor | None = None
     images: list[Image.Image] | None = None
     canvases: list[Canvas] | None = None
+    clip_skip: int = 0
+
+    _EACH: ClassVar = ("prompts", "negatives", "prompt_embeds", "maps", "labels", "images", "canvases")
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, part: slice) -> Request:
         """Some of the images."""
-        names = ("prompts", "negatives", "prompt_embeds", "maps", "labels", "images", "canvases")
-        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        values: dict[str, Any] = {name: getattr(self, name) for name in self._EACH}
         values = {name: None if value is None else value[part] for name, value in values.items()}
         return replace(self, **values)
+
+    @classmethod
+    def join(cls, requests: Sequence[Request]) -> Request:
+        """All images of requests of one size that are given the same conditions."""
+
+        def joined(values: list[Any]) -> Any:
+            if values[0] is None:
+                return None
+            return torch.cat(values) if isinstance(values[0], Tensor) else [one for value in values for one in value]
+
+        return replace(requests[0], **{name: joined([getattr(one, name) for one in requests]) for name in cls._EACH})
 
     def given(self) -> set[str]:
         """The names of the conditions that are given. An empty prompt against an empty negative one is none."""
         found = {
-            "text": any(self.prompts) or any(self.negatives) or self.prompt_embeds is not None,
+            "text": any(self.prompts) or any(self.negatives) or self.prompt_embeds is not None or self.clip_skip > 0,
             "semantic": self.maps is not None,
             "label": self.labels is not None,
             "inpainting": self.canvases is not None,
@@ -84,9 +98,12 @@ def make_request(
     height: int | None,
     width: int | None,
     repeats: int,
+    clip_skip: int | None = None,
 ) -> Request:
     """Check and complete what the pipeline's call was given. Raises UserError."""
     if prompt_embeds is not None:
+        if clip_skip:
+            raise UserError(f"clip_skip: found {clip_skip} together with prompt_embeds; allowed is one of them")
         prompt = _stand_in_prompts(model, prompt, prompt_embeds)
     count = max(_length(value) for value in (prompt, image, mask_image, semantic_map, label))
     if isinstance(prompt, str) or len(prompt) == 1:
@@ -100,7 +117,7 @@ def make_request(
     images = None if images is None else [_rgb(picture) for picture in images]
     maps = each("semantic_map", semantic_map)
     labels = each("label", label)
-    request = Request(prompts, negatives, 0, 0)
+    request = Request(prompts, negatives, 0, 0, clip_skip=check_clip_skip(model.text_encoder, clip_skip))
     if prompt_embeds is not None:
         embeds = prompt_embeds.expand(len(prompts) // repeats, -1, -1)
         request = replace(request, prompt_embeds=embeds.repeat_interleave(repeats, dim=0))
@@ -162,14 +179,15 @@ def _with_size(
     sizes = {one.size for one in images}
     if len(sizes) > 1 and (height is None or width is None):
         raise UserError(f"image: found sizes {sorted(sizes)} in one call; allowed is one; give height and width too")
-    own = [_nearest(side, model.factor) for side in images[0].size[::-1]]
+    own = [nearest_side(side, model.factor) for side in images[0].size[::-1]]
     height, width = model.resolve_size(own[0] if height is None else height, own[1] if width is None else width)
     size = (width, height)
     resized = [one if one.size == size else one.resize(size, Image.Resampling.LANCZOS) for one in images]
     return replace(request, height=height, width=width, images=resized)
 
 
-def _nearest(side: int, factor: int) -> int:
+def nearest_side(side: int, factor: int) -> int:
+    """The nearest number of pixels that the model can draw."""
     return max(1, round(side / factor)) * factor
 
 
@@ -194,6 +212,9 @@ def _with_canvases(
         prepare_canvas(image, mask, options, factor=model.factor, model_size=model_size)
         for image, mask in zip(images, masks, strict=True)
     ]
+    for canvas in canvases:
+        if canvas.empty:
+            logger.warning("mask_image: all black, so the picture comes back as it is; white is repainted")
     sizes = {canvas.image.size for canvas in canvases}
     if len(sizes) > 1:
         raise UserError(f"image: found sizes {sorted(sizes)} in one call; allowed is one size; draw them one by one")
@@ -205,7 +226,7 @@ def _with_canvases(
 def _maps(
     encoder: SemanticEncoder | None, maps: list[Any], request: Request, images: list[Image.Image] | None
 ) -> list[Tensor]:
-    """Index maps as tensors of one size; those of a picture are cropped, padded or resized as the picture is."""
+    """Index maps as tensors of the picture's shape; with a picture they are cropped, padded or resized as it is."""
     if encoder is None:
         raise UserError("semantic_map: found a map; this model takes none; use one that was trained with maps")
     result: list[Tensor] = []
@@ -226,8 +247,14 @@ def _maps(
                 f"{request.height}; allowed is the same shape at any size; give --size or crop the map"
             )
         result.append(found)
-    alike = len({tuple(found.shape) for found in result}) == 1
-    return result if alike else [_resized_map(found, request) for found in result]
+    return result
+
+
+def stacked_maps(request: Request) -> Tensor:
+    """The maps as one tensor, int64 [N, H, W]; of several sizes they are resized to the picture's."""
+    maps = request.maps or []
+    alike = len({tuple(one.shape) for one in maps}) == 1
+    return torch.stack(maps if alike else [_resized_map(one, request) for one in maps])
 
 
 def _resized_map(found: Tensor, request: Request) -> Tensor:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor
 
 from conditioning.conditions import Conditions
 from conditioning.folders import pretrained_location
+from ldm.attention import AttentionBackend, set_attention
 from ldm.errors import UserError, user_input
 
-AttentionBackend = Literal["auto", "sdpa", "math", "xformers"]
 DEFAULT_HEADS = 8
-_KERNELS = {AttnProcessor: "math", AttnProcessor2_0: "sdpa", XFormersAttnProcessor: "xformers"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,28 +207,6 @@ def context_width_of(unet: UNet2DConditionModel) -> int | None:
 def class_embedding_width_of(unet: UNet2DConditionModel) -> int | None:
     """The width of the class embedding that it adds to the time embedding; None when it takes none."""
     return unet.config.projection_class_embeddings_input_dim if unet.config.class_embed_type else None
-
-
-def set_attention(unet: UNet2DConditionModel, backend: AttentionBackend) -> None:
-    """Choose the attention kernel; raises UserError when xformers is asked for and not installed."""
-    if backend == "math":
-        unet.set_attn_processor(AttnProcessor())
-    elif backend == "xformers":
-        if importlib.util.find_spec("xformers") is None:
-            raise UserError(
-                "unet.attention_backend: found xformers, which is not installed; allowed is auto, sdpa or math here; "
-                "pip install 'ldm[xformers]' or choose another"
-            )
-        unet.enable_xformers_memory_efficient_attention()
-    else:
-        unet.set_attn_processor(AttnProcessor2_0())
-
-
-def attention_kernel(unet: UNet2DConditionModel) -> str:
-    """The attention kernel that really is set, read from the layers: sdpa, math, xformers, none, or several with +."""
-    processors = {type(processor) for processor in unet.attn_processors.values()}
-    names = sorted(_KERNELS.get(processor, processor.__name__) for processor in processors)
-    return "+".join(names) or "none"
 
 
 def spatial_input(noisy_latents: Tensor, conditions: Conditions) -> Tensor:

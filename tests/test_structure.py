@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("autoencoder", "conditioning", "ldm")
 FLOORS = (
     ("autoencoder", "conditioning"),
-    ("ldm", "ldm.errors", "ldm.randomness"),
+    ("ldm", "ldm.errors", "ldm.files", "ldm.randomness"),
     ("ldm.noise",),
     (
         "ldm.data",
@@ -26,6 +26,7 @@ FLOORS = (
         "ldm.projected_guidance",
         "ldm.sampling",
         "ldm.interpolation",
+        "ldm.attention",
         "ldm.unet",
         "ldm.growing",
         "ldm.adapters",
@@ -40,10 +41,12 @@ FLOORS = (
     (
         "ldm.pipeline",
         "ldm.pipeline_model",
+        "ldm.pipeline_memory",
         "ldm.pipeline_folder",
         "ldm.pipeline_inputs",
         "ldm.pipeline_request",
         "ldm.pipeline_conditions",
+        "ldm.pipeline_weights",
     ),
     ("ldm.training", "ldm.evaluation", "ldm.interchange"),
     ("ldm.config",),
@@ -133,7 +136,7 @@ def test_no_circles():
 
 
 def test_commands_are_imported_by_nobody():
-    names = ("entry", "options", "drawing", "saving", "masked", "frames")
+    names = ("entry", "options", "memory", "drawing", "saving", "masked", "frames", "reporting")
     shared = {f"ldm.cli.{name}" for name in names}
     found = {(a, b) for a, b in edges() if part_of(b) == "ldm.cli" and b not in shared}
     assert found == set()
@@ -189,7 +192,19 @@ def test_import_ldm_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    ["generate", "inpaint", "outpaint", "img2img", "interpolate", "data", "reconstruct", "evaluate", "export"],
+    [
+        "generate",
+        "inpaint",
+        "outpaint",
+        "img2img",
+        "interpolate",
+        "data",
+        "reconstruct",
+        "evaluate",
+        "compare",
+        "export",
+        "plan",
+    ],
 )
 def test_the_help_of_a_command_loads_nothing_heavy(command):
     call = f"try:\n    main([{command!r}, '--help'])\nfinally:\n    print({HEAVY})"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.errors import UserError, user_input
+from ldm.files import write_text
 
 if TYPE_CHECKING:
     from ldm.data.check import CheckReport
@@ -25,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("root", metavar="ROOT", help="folder with metadata.jsonl|csv, class subfolders, or just images")
     check.add_argument("--caption-column", default="text", metavar="NAME", help="of the metadata file (default text)")
     check.add_argument("--min-side", type=int, default=64, metavar="PX", help="warn of smaller images (default 64)")
+    check.add_argument("--buckets", action="store_true", help="count the images of each aspect-ratio bucket")
+    check.add_argument("--resolution", type=int, default=512, metavar="R", help="with --buckets: side of the square")
+    check.add_argument("--step", type=int, default=64, metavar="PX", help="with --buckets: sides are multiples of it")
+    check.add_argument("--max-aspect", type=float, default=2.0, metavar="A", help="with --buckets: longest shape")
     check.add_argument(
         "--workers", type=int, metavar="N", help="files read at once (default: as many as cores, 8 at most)"
     )
@@ -67,19 +72,32 @@ def run_check(args: argparse.Namespace) -> int:
             raise UserError(f"{name}: found {value}; allowed is 1 or more")
     if args.json is not None and not args.json.parent.is_dir():
         raise UserError(f"--json: no folder {args.json.parent}; make it, or name another place")
+    buckets = _bucket_sizes(args) if args.buckets else ()
     report = check_folder(
         args.root,
         caption_column=args.caption_column,
         min_side=args.min_side,
+        buckets=buckets,
         threads=args.workers,
         on_unusable=lambda problem: tqdm.write(_printable(f"{problem.name}: {problem.reason}"), file=sys.stdout),
     )
     _print_warnings(report)
     print(report.summary())
+    for name, count in report.buckets.items():
+        print(f"bucket {name}: {count} images")
     if args.json is not None:
-        with user_input(f"--json {args.json}: cannot be written", OSError):
-            args.json.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(report.as_json(), indent=1) + "\n")
     return 1 if report.unusable else 0
+
+
+def _bucket_sizes(args: argparse.Namespace) -> tuple[tuple[int, int], ...]:
+    """The shapes that a training with these options would use."""
+    from ldm.data.buckets import BucketsConfig, bucket_sizes, check_resolution
+
+    with user_input("ldm data check --buckets", ValueError):
+        config = BucketsConfig(step=args.step, max_aspect=args.max_aspect)
+        check_resolution(args.resolution, config)
+    return bucket_sizes(args.resolution, config)
 
 
 def run_scenes(args: argparse.Namespace) -> int:
@@ -87,7 +105,7 @@ def run_scenes(args: argparse.Namespace) -> int:
     from ldm.data.scenes import ScenesConfig
     from ldm.data.scenes_folder import write_scenes
 
-    with user_input("ldm data scenes", ValueError), user_input(f"{args.out}: cannot be written", OSError):
+    with user_input("ldm data scenes", ValueError):
         config = ScenesConfig(
             kind=args.kind, count=args.count, seed=args.seed, split=args.split, max_objects=args.max_objects
         )

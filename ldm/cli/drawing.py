@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ldm.cli.memory import opening_device, save_memory
 from ldm.cli.options import DrawingOptions
 from ldm.errors import UserError
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
     from ldm.pipeline import LatentDiffusionPipeline
     from ldm.pipeline_request import Request
-
-STACKED = ("latents", "prompt_embeds")
-"""What the pipeline takes as one tensor for all pictures; of all else it takes a list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,32 +45,39 @@ class Picture:
 class _Batch(NamedTuple):
     indices: list[int]
     """Which of the pictures."""
-    call: dict[str, Any]
-    """What the pipeline is called with."""
+    request: Request
+    begins: dict[str, Any]
+    """Seeds, generators, noise, as `LatentDiffusionPipeline.draw` takes them."""
 
 
 def open_model(arguments: argparse.Namespace) -> LatentDiffusionPipeline:
-    """The pipeline that `--model`, `--dtype` and `--device` name. Raises UserError."""
+    """The pipeline that `--model`, `--dtype`, `--device` and the options of memory name. Raises UserError."""
     from transformers.utils.logging import disable_progress_bar
 
     from ldm.interchange.opening import open_pipeline
 
     disable_progress_bar()  # of loading weights: the bar that people wait for is ours
     loras = [parse_lora(text) for text in arguments.lora]
-    return open_pipeline(
+    device, dtype = opening_device(arguments)
+    pipeline = open_pipeline(
         arguments.model,
-        dtype=arguments.dtype,
-        device=arguments.device,
+        dtype=dtype,
+        device=device,
         allow_pickle=arguments.allow_pickle,
+        variant=arguments.variant,
+        vae=arguments.vae,
         loras=loras,
+        embeddings=[parse_embedding(text) for text in arguments.embedding],
     )
+    save_memory(pipeline, arguments)
+    return pipeline
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """`--lora FILE` or `FILE=WEIGHT`. Raises UserError for a file that is missing and a weight that is no number."""
-    path, _, weight = text.rpartition("=") if not Path(text).is_file() else (text, "", "1")
-    if not Path(path).is_file():
-        raise UserError(f"--lora {text}: found no such file; allowed is FILE or FILE=WEIGHT; check the path")
+    """`--lora PATH` or `PATH=WEIGHT`, of a file or a run. Raises UserError for what is missing or no number."""
+    path, _, weight = text.rpartition("=") if not Path(text).exists() else (text, "", "1")
+    if not path or not Path(path).exists():
+        raise UserError(f"--lora {text}: found no such file; allowed is PATH or PATH=WEIGHT; check the path")
     try:
         number = float(weight)
     except ValueError:
@@ -80,6 +85,14 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if not math.isfinite(number):
         raise UserError(f"--lora {text}: found the weight {weight!r}; allowed is a number, such as 0.8")
     return Path(path), number
+
+
+def parse_embedding(text: str) -> tuple[Path, str | None]:
+    """`--embedding PATH` or `PATH=WORD`, of a file or a run. Raises UserError for what is missing."""
+    path, _, word = text.rpartition("=") if not Path(text).exists() else (text, "", "")
+    if not path or not Path(path).exists():
+        raise UserError(f"--embedding {text}: found no such file; allowed is PATH or PATH=WORD; check the path")
+    return Path(path), word or None
 
 
 def noise_of(pipeline: LatentDiffusionPipeline, seed: int, options: DrawingOptions) -> tuple[Tensor, torch.Generator]:
@@ -113,18 +126,25 @@ def draw(
     with _tidy_warnings():
         first = next(batches)
         steps = _steps(scheduler, options)
-        _check_guidance(pipeline, _request(pipeline, first.call), options)
+        _check_guidance(pipeline, first.request, options)
         with tqdm(total=len(pictures) * steps, unit="step", desc="drawing") as bar:
-            for indices, call in chain([first], batches):
+            for indices, request, begins in chain([first], batches):
 
                 def advance(*_: object, count: int = len(indices)) -> None:
                     bar.update(count)
 
                 try:
-                    result = pipeline(**call, scheduler=scheduler, callback_on_step_end=advance, **_sampling(options))
+                    result = pipeline.draw(
+                        request,
+                        **begins,
+                        scheduler=scheduler,
+                        callback_on_step_end=advance,
+                        **_sampling(options),
+                    )
                 except torch.OutOfMemoryError as error:
                     raise UserError(
-                        f"out of memory with --batch {options.batch}; give a smaller --batch or --size"
+                        f"out of memory with --batch {options.batch}; give a smaller --batch or --size, or "
+                        "--vae-slicing, --vae-tiling or --offload"
                     ) from error
                 if result.inpainting is not None and not told:
                     bar.write(f"inpainting by {result.inpainting}", file=sys.stderr)
@@ -137,45 +157,53 @@ def _batches(
     pipeline: LatentDiffusionPipeline, pictures: Sequence[Picture], options: DrawingOptions
 ) -> Iterator[_Batch]:
     """The pictures in order; among `--batch` of them those of one size are drawn together."""
+    from ldm.pipeline_request import Request
+
     for start in range(0, len(pictures), options.batch):
-        groups: dict[tuple[int, int], list[tuple[int, Mapping[str, Any]]]] = {}
-        for index in range(start, min(start + options.batch, len(pictures))):
-            inputs = pictures[index].inputs()
-            request = _request(pipeline, _call([pictures[index]], [inputs], options))
-            groups.setdefault((request.height, request.width), []).append((index, inputs))
-        for group in groups.values():
-            indices = [index for index, _ in group]
-            call = _call([pictures[index] for index in indices], [inputs for _, inputs in group], options)
-            yield _Batch(indices, call)
+        some = pictures[start : start + options.batch]
+        inputs = [picture.inputs() for picture in some]
+        requests = [_request(pipeline, *one, options) for one in zip(some, inputs, strict=True)]
+        sizes = [(request.height, request.width) for request in requests]
+        for size in dict.fromkeys(sizes):
+            chosen = [number for number, other in enumerate(sizes) if other == size]
+            begins = _begins([some[number] for number in chosen], [inputs[number] for number in chosen])
+            request = Request.join([requests[number] for number in chosen])
+            yield _Batch([start + number for number in chosen], request, begins)
 
 
-def _call(pictures: Sequence[Picture], inputs: Sequence[Mapping[str, Any]], options: DrawingOptions) -> dict[str, Any]:
-    """What the pipeline is called with for these pictures, all of which are given the same kinds of inputs."""
-    import torch
-
+def _request(
+    pipeline: LatentDiffusionPipeline, picture: Picture, inputs: Mapping[str, Any], options: DrawingOptions
+) -> Request:
+    """One picture with its size and conditions. Raises UserError for what the model cannot draw."""
     from ldm.canvas import InpaintingOptions
-
-    call: dict[str, Any] = {}
-    for name in inputs[0]:
-        values = [one[name] for one in inputs]
-        call[name] = torch.stack(values) if name in STACKED else values
-    if "prompt_embeds" not in call:
-        call["prompt"] = [picture.prompt for picture in pictures]
-    if "generator" not in call:
-        call["seed"] = [picture.seed for picture in pictures]
-    call["negative_prompt"] = options.negative_prompt
-    call["inpainting"] = options.inpainting or InpaintingOptions()
-    return call | {"height": options.height, "width": options.width}
-
-
-def _request(pipeline: LatentDiffusionPipeline, call: Mapping[str, Any]) -> Request:
-    """What the pipeline makes of a call: its size and conditions. Raises UserError for what it cannot draw."""
     from ldm.pipeline_request import make_request
 
-    names = ("prompt_embeds", "image", "mask_image", "semantic_map", "label")
-    given: dict[str, Any] = {name: call.get(name) for name in names}
-    given |= {name: call[name] for name in ("negative_prompt", "inpainting", "height", "width")}
-    return make_request(pipeline, prompt=call.get("prompt", ""), repeats=1, **given)
+    embeds = inputs.get("prompt_embeds")
+    given: dict[str, Any] = {name: inputs.get(name) for name in ("image", "mask_image", "semantic_map", "label")}
+    return make_request(
+        pipeline,
+        prompt=picture.prompt if embeds is None else "",
+        negative_prompt=options.negative_prompt,
+        prompt_embeds=None if embeds is None else embeds[None],
+        clip_skip=options.clip_skip if embeds is None else None,
+        inpainting=options.inpainting or InpaintingOptions(),
+        height=options.height,
+        width=options.width,
+        repeats=1,
+        **given,
+    )
+
+
+def _begins(pictures: Sequence[Picture], inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the pictures are drawn from: their seeds, or generators, and the noise where it is given."""
+    import torch
+
+    found: dict[str, Any] = {"seed": [picture.seed for picture in pictures]}
+    if "generator" in inputs[0]:
+        found = {"generator": [one["generator"] for one in inputs]}
+    if "latents" in inputs[0]:
+        found["latents"] = torch.stack([one["latents"] for one in inputs])  # [N, C, h, w]
+    return found
 
 
 def _sampling(options: DrawingOptions) -> dict[str, Any]:

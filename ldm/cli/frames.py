@@ -71,7 +71,7 @@ def between_prompts(way: Way) -> list[Picture]:
     from ldm.pipeline_inputs import check_prompts
 
     check_prompts(way.pipeline.text_encoder, way.prompts, None, 1)
-    context = way.pipeline.encode_prompts(way.prompts).context  # [K, L, C]
+    context = way.pipeline.encode_prompts(way.prompts, way.options.clip_skip or 0).context  # [K, L, C]
     if context is None:
         raise UserError("--prompt: found several for a model without text; allowed is --seeds or --images")
 
@@ -119,10 +119,9 @@ def inverted(way: Way, sources: Sequence[Image.Image]) -> Tensor:
     import torch
     from tqdm import tqdm
 
-    from conditioning.conditions import Conditions
+    from conditioning.conditions import CONDITIONS, Conditions
     from ldm.canvas import InpaintingOptions
     from ldm.data.images import to_tensor
-    from ldm.guidance import CONDITIONS
     from ldm.interpolation import invert
     from ldm.noise import NoiseSchedule
     from ldm.pipeline_conditions import tell

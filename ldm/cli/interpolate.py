@@ -70,10 +70,12 @@ def run(arguments: argparse.Namespace) -> None:
     defaults: dict[str, Any] = {"steps": 50, "guidance": "1"} if kind == "images" else {}
     options = check_options(arguments, facts=facts | {"Interpolation": kind}, **defaults)
     seeds = [check_seeds(seed, 1)[0] for seed in arguments.seeds or [arguments.seed]]
+    from ldm.pipeline_request import nearest_side
+
     sources = open_pictures(arguments) if kind == "images" else []
     pipeline = open_model(arguments)
     if sources and arguments.size is None:
-        height, width = nearest_size(sources[0], pipeline.factor)
+        height, width = (nearest_side(side, pipeline.factor) for side in (sources[0].height, sources[0].width))
     height, width = pipeline.resolve_size(height, width)
     options = replace(options, height=height, width=width)
     way = Way(pipeline, options, conditions, arguments.prompt, seeds, arguments.frames)
@@ -116,12 +118,6 @@ def open_pictures(arguments: argparse.Namespace) -> list[Image.Image]:
         found = " and ".join(sorted(sizes))
         raise UserError(f"--images: found pictures of {found} pixels; allowed is one size; give --size")
     return pictures
-
-
-def nearest_size(picture: Image.Image, factor: int) -> tuple[int, int]:
-    """(height, width), multiples of `factor`, nearest to the picture's."""
-    height, width = (max(1, round(side / factor)) * factor for side in (picture.height, picture.width))
-    return height, width
 
 
 def write(way: Way, pictures: Sequence[Picture], arguments: argparse.Namespace) -> None:

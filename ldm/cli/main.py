@@ -16,10 +16,12 @@ COMMANDS = {
     "outpaint": "extend a picture beyond its borders",
     "img2img": "draw variations of a picture",
     "interpolate": "go from one prompt, seed or picture to another",
+    "plan": "say what a training will need: memory, time, disk, and what to change if it does not fit",
     "data": "check a dataset, or write the built-in scenes to disk",
     "reconstruct": "measure an autoencoder on images, with a side-by-side picture",
     "export": "write a model or a LoRA in the form that another program opens",
-    "evaluate": "score a model on held-out scenes with the exact scorer",
+    "evaluate": "measure a model or an autoencoder: one page of pictures, figures and plots",
+    "compare": "lay several models side by side: the same prompts and seeds",
 }
 
 

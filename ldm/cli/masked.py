@@ -23,6 +23,11 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feather", type=int, default=0, metavar="PX", help="fade in over so many pixels, inwards only (default: 0)"
     )
+    parser.add_argument(
+        "--no-blend",
+        action="store_true",
+        help="a model that was trained with masks: do not hold the latents outside the mask (as diffusers)",
+    )
     parser.add_argument("--fill", choices=tuple(FILLS), default="original", help="what stands in the hole at the start")
 
 
@@ -35,7 +40,11 @@ def mask_options(
     check_at_least(arguments, 0, "feather")
     with user_input("mask", ValueError):
         options = InpaintingOptions(
-            dilate=dilate, feather=arguments.feather, crop_padding=crop_padding, fill=arguments.fill
+            dilate=dilate,
+            feather=arguments.feather,
+            crop_padding=crop_padding,
+            fill=arguments.fill,
+            blend=not arguments.no_blend,
         )
     facts: dict[str, object] = {}
     if dilate:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli.entry import check_out_folder
+from ldm.cli.memory import add_memory_arguments, memory_facts
 from ldm.errors import UserError, user_input
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class DrawingOptions:
     height: int | None = None
     width: int | None = None
     strength: float | None = None
+    clip_skip: int | None = None
     inpainting: InpaintingOptions | None = None
     facts: dict[str, object] = field(default_factory=dict)
 
@@ -53,8 +55,21 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         help="folder of a pipeline or a run, a single file (.safetensors), or a Hugging Face hub id (owner/name)",
     )
     parser.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[=W]", help="a LoRA and its weight (1); repeatable"
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[=W]",
+        help="a LoRA, a file or the run that made it, and its weight (1); repeatable",
     )
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="PATH[=WORD]",
+        help="a word of textual inversion, a file or the run that made it, and another name for it; repeatable",
+    )
+    parser.add_argument("--vae", type=Path, metavar="PATH", help="another autoencoder: folder, or file of one alone")
+    parser.add_argument("--variant", metavar="NAME", help="which weights of a folder or hub id, such as fp16")
     parser.add_argument(
         "--allow-pickle", action="store_true", help="open a .ckpt, which is a pickle; better convert it"
     )
@@ -90,6 +105,9 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, *, steps: str = "30",
         "--guidance-rescale", type=float, default=0.0, metavar="PHI", help="0 to 1, against overexposure; 0.7 is usual"
     )
     parser.add_argument("--apg", action="store_true", help="adaptive projected guidance, against saturated colours")
+    parser.add_argument(
+        "--clip-skip", type=int, metavar="N", help="leave out the text encoder's last N blocks (A1111 counts from 1)"
+    )
     parser.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: the model's own)")
     parser.add_argument("--seed", type=int, metavar="N", help="image i is drawn from seed N + i (default: random)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="images drawn at once (default: 8)")
@@ -98,7 +116,10 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, *, steps: str = "30",
     parser.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR", help="folder to write to (default: out)"
     )
-    parser.add_argument("--verbose", action="store_true", help="say what the guidance costs and which scales it has")
+    add_memory_arguments(parser)
+    parser.add_argument(
+        "--verbose", action="store_true", help="say what the guidance costs, its scales, and the attention kernel used"
+    )
 
 
 def add_count_argument(parser: argparse.ArgumentParser, of: str = "images") -> None:
@@ -127,6 +148,7 @@ def check_options(
     `steps` and `guidance` are the defaults.
     """
     check_at_least(arguments, 1, "steps", "batch")
+    check_at_least(arguments, 0, "clip_skip")
     check_out_folder(arguments.out)
 
     from ldm.guidance import GuidanceOptions, parse_guidance_scale
@@ -134,7 +156,7 @@ def check_options(
     from ldm.sampling import check_scheduler_name, starting_step
 
     steps = arguments.steps or steps
-    scale = parse_guidance_scale(arguments.guidance or guidance)
+    scale = parse_guidance_scale(guidance if arguments.guidance is None else arguments.guidance)
     with user_input("--guidance-interval, --guidance-rescale", ValueError):
         guidance_options = GuidanceOptions(
             interval=tuple(arguments.guidance_interval),
@@ -145,7 +167,9 @@ def check_options(
         check_scheduler_name(arguments.scheduler)
     if strength is not None:
         starting_step(steps, strength)
-    facts = _guidance_facts(guidance_options) | rest.pop("facts", {})
+    facts = _guidance_facts(guidance_options) | memory_facts(arguments) | rest.pop("facts", {})
+    if arguments.clip_skip:
+        facts["Clip skip"] = arguments.clip_skip + 1  # A1111's number: 1 leaves out none
     return DrawingOptions(
         negative_prompt=arguments.negative,
         num_inference_steps=steps,
@@ -155,6 +179,7 @@ def check_options(
         batch=arguments.batch,
         verbose=arguments.verbose,
         strength=strength,
+        clip_skip=arguments.clip_skip,
         facts=facts | ({} if strength is None else {"Denoising strength": strength}),
         **rest,
     )

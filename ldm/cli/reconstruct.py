@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> None:
     from ldm.data.sources import DataConfig, open_source
     from ldm.device import choose_device
     from ldm.evaluation.reconstruction import measure_reconstructions
+    from ldm.files import write_text
     from ldm.picture import save_png
-    from ldm.training.checkpoint import write_atomically
 
     if args.count < 1 or args.batch < 1:
         raise UserError(f"--count: found {args.count}; allowed is 1 or more, as for --batch")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     with user_input("--resolution", ValueError):
         report, picture = measure_reconstructions(autoencoder, batches, lpips)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
+    write_text(args.out / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
     save_png(picture, args.out / "report.png")
     print(report.summary())
     print(f"picture: {args.out / 'report.png'}   figures: {args.out / 'report.json'}")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import posixpath
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 from tqdm import tqdm
 
+from ldm.data.buckets import Size, nearest
 from ldm.data.folder import FolderSource
 from ldm.data.folder_index import ScannedEntries, walk_files
-from ldm.data.images import SUFFIXES, read_header
+from ldm.data.images import SUFFIXES
 from ldm.data.sample import BadSample
 
 _Found = tuple[str, bool, int | None] | BadSample
@@ -45,6 +47,8 @@ class CheckReport:
     """Least, median and greatest short side in pixels, of the files whose header can be read."""
     classes: dict[str, int] = field(default_factory=dict)
     """Usable images of each label."""
+    buckets: dict[str, int] = field(default_factory=dict)
+    """Images of each bucket, "width x height", of the files whose header can be read."""
 
     @property
     def usable(self) -> int:
@@ -73,6 +77,7 @@ def check_folder(
     *,
     caption_column: str = "text",
     min_side: int = 64,
+    buckets: Sequence[Size] = (),
     threads: int | None = None,
     progress: bool = True,
     on_unusable: Callable[[Problem], None] = lambda problem: None,
@@ -80,7 +85,8 @@ def check_folder(
     """Read every image of a folder (layouts: `FolderSource`) and report what cannot be used or looks wrong.
 
     `on_unusable` hears of each unusable file as soon as it is found. Files with a short side below `min_side` pixels
-    are warned of. Raises `UserError` if the folder as a whole cannot be used.
+    are warned of. The images of each of `buckets` are counted (shapes as `bucket_sizes` gives them). Raises `UserError`
+    if the folder as a whole cannot be used.
     """
     report = CheckReport(str(root))
 
@@ -90,30 +96,41 @@ def check_folder(
 
     source = FolderSource(root, caption_column=caption_column, on_problem=unusable)
     report.images = len(source) + len(report.unusable)
-    readable = _check_headers(source, report, unusable, min_side, progress)
+    readable = _check_headers(source, report, unusable, min_side, buckets, progress)
     _check_pixels(source, readable, report, unusable, threads or min(8, os.cpu_count() or 1), progress)
     _check_names(source, report)
     return report
 
 
 def _check_headers(
-    source: FolderSource, report: CheckReport, unusable: Callable[[str, str], None], min_side: int, progress: bool
-) -> list[int]:
+    source: FolderSource,
+    report: CheckReport,
+    unusable: Callable[[str, str], None],
+    min_side: int,
+    buckets: Sequence[Size],
+    progress: bool,
+) -> Sequence[int]:
     """The cheap pass: missing, empty and foreign files. Returns the indices worth decoding."""
-    readable, sides = [], []
+    readable, sizes = array("q"), array("i")
     for index in tqdm(range(len(source)), desc="headers", unit="file", disable=not progress):
         key = source.key(index)
         try:
-            side = min(read_header(source.root / key, key=key))
+            size = source.size(index)
         except BadSample as error:
             unusable(error.key, error.reason)
             continue
         readable.append(index)
-        sides.append(side)
-        if side < min_side:
+        sizes.extend(size)
+        if min(size) < min_side:
             report.warn(f"short side below {min_side} px", key)
-    if sides:
-        report.short_sides = (min(sides), median(sides), max(sides))
+    if sizes:
+        pairs = np.array(sizes).reshape(-1, 2)
+        sides = pairs.min(axis=1)
+        report.short_sides = (int(sides.min()), float(np.median(sides)), int(sides.max()))
+        if buckets:
+            counts = np.bincount(nearest(pairs, buckets), minlength=len(buckets)).tolist()
+            names = [f"{width}x{height}" for width, height in buckets]
+            report.buckets = dict(zip(names, counts, strict=True))
     return readable
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ldm.data.buckets import Size
+from ldm.data.combined import distinct
 from ldm.data.loader import Item, Wanted, collate, make_item
-from ldm.data.sample import UNKNOWN_CLASS, BadSample, Batch, Sample, Source
+from ldm.data.naming import renumbering
+from ldm.data.sample import BadSample, Batch, Sample, Source
 from ldm.data.sources import DataConfig
-from ldm.data.transforms import transform
+from ldm.data.transforms import Geometry, Transformed, apply_geometry, size_for
 from ldm.errors import UserError
 from ldm.randomness import generator_for
+
+Thing = TypeVar("Thing")
 
 
 def spread_indices(length: int, count: int) -> list[int]:
@@ -24,21 +27,24 @@ def spread_indices(length: int, count: int) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
-def fixed_samples(source: Source, config: DataConfig, count: int) -> Iterator[tuple[Sample, Tensor]]:
-    """Up to `count` samples with their image, float32 [3, R, R] in [-1, 1], centre-cropped. Bad samples are left out.
+def fixed_samples(
+    source: Source, config: DataConfig, count: int, prepare: Callable[[Sample], Sample] = lambda sample: sample
+) -> Iterator[tuple[Sample, Transformed]]:
+    """Up to `count` different samples, prepared, with their tensors, cut from the middle; bad ones are left out.
 
-    Raises `UserError` if not one image can be used.
+    An image is float32 [3, H, W] in [-1, 1], a square or of its bucket's size. Raises `UserError` if not one image can
+    be used.
     """
+    source = distinct(source)
     found = False
     for index in spread_indices(len(source), count):
         try:
-            sample = source.read(index)
-            image = transform(sample, config, None).image
+            sample = prepare(source.read(index))
+            tensors = apply_geometry(sample, size_for(sample, config), Geometry())
         except BadSample:
             continue
-        if image is not None:
-            found = True
-            yield sample, image
+        found = True
+        yield sample, tensors
     if not found:
         raise UserError(
             f"data: none of {min(count, len(source))} images can be read; `ldm data check` lists the reasons"
@@ -46,14 +52,9 @@ def fixed_samples(source: Source, config: DataConfig, count: int) -> Iterator[tu
 
 
 def fixed_images(source: Source, config: DataConfig, count: int, batch_size: int = 16) -> Iterator[Tensor]:
-    """Batches [B, 3, R, R] of `fixed_samples`."""
-    batch: list[Tensor] = []
-    for _, image in fixed_samples(source, config, count):
-        batch.append(image)
-        if len(batch) == batch_size:
-            yield torch.stack(batch)
-            batch = []
-    if batch:
+    """Batches [B, 3, H, W] of `fixed_samples`, each of one size."""
+    images = (tensors.image for _, tensors in fixed_samples(source, config, count) if tensors.image is not None)
+    for batch in _of_one_size(((_size(image), image) for image in images), batch_size):
         yield torch.stack(batch)
 
 
@@ -67,37 +68,42 @@ def fixed_batches(
     label_names: Sequence[str] = (),
     semantic_names: Sequence[str] = (),
 ) -> Iterator[Batch]:
-    """Batches of `fixed_samples` with the conditions that `wanted` names; the masks are drawn for (seed, position).
+    """Batches of `fixed_samples`, each of one size, with the conditions that `wanted` names.
 
-    Labels and classes of maps are numbered as in `label_names` and `semantic_names`, the training's, by name: this
-    source may hold others, or in another order. Samples that cannot be used are left out.
+    A sample's position is its number among those that can be used; the masks are drawn for (seed, position). Labels and
+    classes of maps are numbered as in `label_names` and `semantic_names`, the training's, by name: this source may hold
+    others, or in another order. Samples that cannot be used are left out.
     """
-    items: list[Item] = []
-    first = 0
-    for sample, _ in fixed_samples(source, config, count):
-        generator = generator_for(seed, "fixed mask", first + len(items))
-        try:
-            named = _by_name(sample, source, label_names, semantic_names)
-            tensors = transform(named, config, None)
-            items.append(make_item(named, named.captions[0], tensors, config.resolution, None, wanted, generator))
-        except BadSample:
-            continue
-        if len(items) == batch_size:
-            yield collate(items, range(first, first + len(items)))
-            first, items = first + len(items), []
-    if items:
-        yield collate(items, range(first, first + len(items)))
+    by_name = renumbering(source, label_names, semantic_names)
+
+    def items() -> Iterator[tuple[Size, tuple[int, Item]]]:
+        position = 0
+        for sample, tensors in fixed_samples(source, config, count, by_name):
+            if tensors.image is None:
+                raise TypeError("a source read with its image gives an image")
+            size = _size(tensors.image)
+            generator = generator_for(seed, "fixed mask", position)
+            try:
+                item = make_item(sample, sample.captions[0], tensors, size, None, wanted, generator)
+            except BadSample:
+                continue
+            yield size, (position, item)
+            position += 1
+
+    for batch in _of_one_size(items(), batch_size):
+        yield collate([item for _, item in batch], [position for position, _ in batch])
 
 
-def _by_name(sample: Sample, source: Source, label_names: Sequence[str], semantic_names: Sequence[str]) -> Sample:
-    """The sample with the numbers that the names have in training; what training does not know becomes unknown."""
-    if sample.label is not None and label_names and source.classes:
-        name = source.classes[sample.label]
-        sample = replace(sample, label=label_names.index(name) if name in label_names else None)
-    theirs = tuple(source.semantic_classes)
-    if sample.semantic is None or not semantic_names or not theirs or theirs == tuple(semantic_names):
-        return sample
-    table = np.full(256, UNKNOWN_CLASS, dtype=np.uint8)
-    for number, name in enumerate(theirs):
-        table[number] = semantic_names.index(name) if name in semantic_names else UNKNOWN_CLASS
-    return replace(sample, semantic=Image.fromarray(table[np.asarray(sample.semantic)]))
+def _of_one_size(things: Iterator[tuple[Size, Thing]], batch_size: int) -> Iterator[list[Thing]]:
+    """Batches as soon as there are enough of one size, in order; at the end what is left of each size."""
+    waiting: dict[Size, list[Thing]] = {}
+    for size, thing in things:
+        batch = waiting.setdefault(size, [])
+        batch.append(thing)
+        if len(batch) == batch_size:
+            yield waiting.pop(size)
+    yield from waiting.values()
+
+
+def _size(image: Tensor) -> Size:
+    return image.shape[-1], image.shape[-2]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from conditioning.class_file import read_classes
 from ldm.data.folder_index import ScannedEntries
-from ldm.data.images import open_image, open_mask, open_semantic
+from ldm.data.images import open_image, open_mask, open_semantic, read_header
 from ldm.data.metadata import METADATA_NAMES, MetadataEntries, OnProblem, Row, stop_at_problem
 from ldm.data.sample import UNKNOWN_CLASS, BadSample, Sample
 from ldm.errors import UserError, user_input
@@ -80,6 +80,11 @@ class FolderSource:
     def key(self, index: int) -> str:
         """The name of image `index`, without opening anything but the metadata file."""
         return self.entries.row(index).file_name
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of image `index`, from its header."""
+        key = self.key(index)
+        return read_header(self.root / key, key=key)
 
     def read(self, index: int, *, with_image: bool = True) -> Sample:
         """Sample `index`; see `Source`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ldm.data.images import open_image, open_mask, open_semantic
+from ldm.data.images import open_image, open_mask, open_semantic, read_header
 from ldm.data.sample import BadSample, Sample
 from ldm.errors import UserError, user_input
 
@@ -51,12 +51,19 @@ class HuggingFaceSource:
         self.fingerprint = digest.hexdigest()
         self._dataset = _undecoded(dataset)
         self._without_image = self._dataset.remove_columns(image_column)  # so that captions cost no image bytes
+        self._images = self._dataset.select_columns(image_column)
         self.classes = _classes(dataset, label_column)
         self._label_index = {name: index for index, name in enumerate(self.classes)}
         self.semantic_classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of image `index`, from its header."""
+        key = f"{self.split}/{index}"
+        ((column, value),) = self._images[index].items()
+        return read_header(_file(value, f"image (column {column!r})", key), key=key)
 
     def read(self, index: int, *, with_image: bool = True) -> Sample:
         """Sample `index`; see `Source`. The key is split/index."""
@@ -78,11 +85,9 @@ class HuggingFaceSource:
         if column is None:
             return None
         value = row.pop(column)
-        file = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
         if value is None and name != "image":  # what some samples lack is unknown for them
             return None
-        if not isinstance(file, bytes | str):
-            raise BadSample(key, f"its {name} (column {column!r}) is missing")
+        file = _file(value, f"{name} (column {column!r})", key)
         try:
             return {"image": open_image, "semantic": open_semantic, "mask": open_mask}[name](file)
         except BadSample as error:
@@ -92,6 +97,14 @@ class HuggingFaceSource:
         if value is None or value == -1:  # -1 is how `datasets` writes "no label" for class labels
             return None
         return value if isinstance(value, int) else self._label_index[str(value)]
+
+
+def _file(value: object, what: str, key: str) -> bytes | str:
+    """The encoded picture, or its path, that an image column holds."""
+    file = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+    if not isinstance(file, bytes | str):
+        raise BadSample(key, f"its {what} is missing")
+    return file
 
 
 def _open(root: str, split: str) -> Dataset:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ldm.data.sample import BadSample
 
@@ -63,10 +63,17 @@ def open_mask(file: str | Path | bytes, *, key: str | None = None) -> Image.Imag
         return to_rgb(_load(file), background=0).convert("L")
 
 
-def read_header(file: str | Path, *, key: str | None = None) -> tuple[int, int]:
-    """Width and height as stored, from the file's header alone (no pixel is decoded). Raises `BadSample`."""
-    with _readable(file, key), Image.open(file, formats=FORMATS) as image:
-        return image.size
+def read_header(file: str | Path | bytes, *, key: str | None = None) -> tuple[int, int]:
+    """Width and height as `open_image` will give them, from the file's header alone: no pixel is decoded.
+
+    EXIF rotation counts, but for a PNG that has it after its pixels. Raises `BadSample`.
+    """
+    with _readable(file, key), _opened(file) as image:
+        if image.format == "TIFF":  # Pillow turns its size when it opens the file
+            return image.size
+        # The base class's method: that of PNG decodes the picture to look for EXIF behind it.
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -100,9 +107,13 @@ def _load(file: str | Path | bytes) -> Image.Image:
     return _load_with_bits(file)[0]
 
 
+def _opened(file: str | Path | bytes) -> ImageFile.ImageFile:
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+
+
 def _load_with_bits(file: str | Path | bytes) -> tuple[Image.Image, int | None]:
     """The same, and 2 or 4 for grey of so few bits, which Pillow stretches to 0-255; else None."""
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+    with _opened(file) as image:
         bits = {"L;2": 2, "L;4": 4}.get(str(image.tile[0].args) if image.tile else "")
         image.load()
         return ImageOps.exif_transpose(image), bits

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from conditioning.inpainting import InpaintingConfig, draw_mask
-from ldm.data.order import replacement_for, sample_at
+from ldm.data.buckets import Buckets, Size
+from ldm.data.combined import distinct_index
+from ldm.data.order import BucketOrder, Order, SquareOrder
 from ldm.data.quarantine import Quarantine as Quarantine
 from ldm.data.sample import UNKNOWN_CLASS, UNKNOWN_LABEL, BadSample, Batch, Sample, Source
 from ldm.data.sources import DataConfig
@@ -28,7 +30,10 @@ _ATTEMPTS = 20
 
 
 class LatentReader(Protocol):
-    """What the latent cache offers: posterior moments instead of pixels, of the centre crop."""
+    """What the latent cache offers: posterior moments instead of pixels, of the centre crop.
+
+    A repeated sample (ldm/data/combined.py) has one place there: `index` counts different samples.
+    """
 
     supports_flip: bool
     """Whether the moments of mirrored images are held too."""
@@ -47,6 +52,7 @@ class Item:
     tensors: Transformed
     moments: tuple[Tensor, Tensor] | None
     bad: tuple[tuple[str, str], ...]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,8 @@ class TrainingBatches:
 
     `batch_size` is the global one. With b = batch_size // (world_size * accumulation), micro-batch a of rank r holds
     the positions a * b * world_size + r * b + i, i = 0..b-1: all ranks' micro-batches together are the global batch.
-    Each sample's crop, flip and caption depend on (seed, epoch, index) alone.
+    Each sample's crop, flip and caption depend on (seed, epoch, index) alone. With `buckets` all images of a global
+    batch have one shape.
 
     A sample that cannot be used is replaced by one chosen from (seed, epoch, index) and reported in `Batch.bad`.
     With a `reader`, moments are read instead of images, or beside them if `wanted` needs both. Raises `UserError` for
@@ -93,6 +100,7 @@ class TrainingBatches:
         workers: int = 0,
         reader: LatentReader | None = None,
         wanted: Wanted = NOTHING,
+        buckets: Buckets | None = None,
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
@@ -104,7 +112,14 @@ class TrainingBatches:
             )
         if reader is not None:
             _check_reader(reader, config)
-        micro_batches = _MicroBatches(source, config, batch_size, accumulation, seed, rank, world_size, reader, wanted)
+        order = (
+            SquareOrder(len(source), batch_size, seed, config.resolution)
+            if buckets is None
+            else BucketOrder(buckets, batch_size, seed, one_shape_each=reader is not None)
+        )
+        micro_batches = _MicroBatches(
+            source, config, order, batch_size // parts, accumulation, seed, rank, world_size, reader, wanted
+        )
         self._micro_steps = range(start_step * accumulation, max(start_step, end_step) * accumulation)
         self._loader = DataLoader(
             micro_batches,
@@ -135,7 +150,8 @@ class _MicroBatches(Dataset[Batch | UserError]):
 
     source: Source
     config: DataConfig
-    batch_size: int
+    order: Order
+    micro_batch_size: int
     accumulation: int
     seed: int
     rank: int
@@ -145,59 +161,62 @@ class _MicroBatches(Dataset[Batch | UserError]):
 
     def __getitem__(self, micro_step: int) -> Batch | UserError:
         step, micro_batch = divmod(micro_step, self.accumulation)
-        size = self.batch_size // (self.world_size * self.accumulation)
-        first = (micro_batch * self.world_size + self.rank) * size
-        positions = range(first, first + size)
+        first = (micro_batch * self.world_size + self.rank) * self.micro_batch_size
+        positions = range(first, first + self.micro_batch_size)
         try:
-            return collate([self._item(step, position) for position in positions], positions)
+            size = self.order.size_at(step)
+            return collate([self._item(step, position, size) for position in positions], positions)
         except UserError as error:
             return error
 
-    def _item(self, step: int, position: int) -> Item:
+    def _item(self, step: int, position: int, size: Size) -> Item:
         """The sample at `position`, or the first usable one of its stand-ins."""
-        length = len(self.source)
-        epoch, first = sample_at(step, position, self.batch_size, length, self.seed)
+        epoch, first = self.order.sample_at(step, position)
         bad: list[tuple[str, str]] = []
         index = first
         for attempt in range(_ATTEMPTS):
             try:
-                return self._load(epoch, index, tuple(bad))
+                return self._load(epoch, index, size, tuple(bad))
             except BadSample as error:
                 bad.append((error.key, error.reason))
-                index = replacement_for(first, epoch, attempt, length, self.seed)
+                index = self.order.replacement_for(step, first, epoch, attempt)
         raise UserError(
             f"data: {_ATTEMPTS} samples in a row cannot be used (first {bad[0][0]}: {bad[0][1]}); "
             "run `ldm data check` on the folder to list them all"
         )
 
-    def _load(self, epoch: int, index: int, bad: tuple[tuple[str, str], ...]) -> Item:
+    def _load(self, epoch: int, index: int, size: Size, bad: tuple[tuple[str, str], ...]) -> Item:
         geometry = draw_geometry(self.config, generator_for(self.seed, "transform", epoch, index))
         sample = self.source.read(index, with_image=self.reader is None or self.wanted.masks is not None)
         moments = None
         if self.reader is not None:
-            mean, logvar = self.reader.read(index, geometry.flipped)
+            mean, logvar = self.reader.read(distinct_index(self.source, index), geometry.flipped)
             moments = (torch.as_tensor(mean).float(), torch.as_tensor(logvar).float())  # [C, h, w] each
         caption = sample.captions[derive_seed(self.seed, "caption", epoch, index) % len(sample.captions)]
-        tensors = apply_geometry(sample, self.config.resolution, geometry)
+        tensors = apply_geometry(sample, size, geometry)
         mask_generator = generator_for(self.seed, "mask", epoch, index)
-        return make_item(sample, caption, tensors, self.config.resolution, moments, self.wanted, mask_generator, bad)
+        return make_item(sample, caption, tensors, size, moments, self.wanted, mask_generator, bad)
 
 
 def make_item(
     sample: Sample,
     caption: str,
     tensors: Transformed,
-    side: int,
+    size: Size,
     moments: tuple[Tensor, Tensor] | None,
     wanted: Wanted,
     mask_generator: torch.Generator,
     bad: tuple[tuple[str, str], ...] = (),
 ) -> Item:
-    """Check the parts that `wanted` asks for and fill in those that the sample lacks. Raises `BadSample`."""
+    """Check the parts that `wanted` asks for and fill in those that the sample lacks, of `size` (width, height).
+
+    Raises `BadSample`.
+    """
+    width, height = size
     semantic, mask, label = tensors.semantic, tensors.mask, sample.label
     if wanted.semantic_classes is not None:
         if semantic is None:
-            semantic = torch.full((side, side), UNKNOWN_CLASS)
+            semantic = torch.full((height, width), UNKNOWN_CLASS)
         known = semantic[semantic != UNKNOWN_CLASS]
         _check_range(sample.key, "semantic map with class", known, wanted.semantic_classes)
     if wanted.label_classes is not None:
@@ -205,8 +224,8 @@ def make_item(
             _check_range(sample.key, "label", torch.tensor([label]), wanted.label_classes)
         label = UNKNOWN_LABEL if label is None else label
     if wanted.masks is not None and mask is None:
-        mask = draw_mask(wanted.masks, side, side, mask_generator, semantic)  # [1, R, R]
-    return Item(sample.key, caption, label, Transformed(tensors.image, semantic, mask), moments, bad)
+        mask = draw_mask(wanted.masks, height, width, mask_generator, semantic)  # [1, H, W]
+    return Item(sample.key, caption, label, Transformed(tensors.image, semantic, mask), moments, bad, sample.weight)
 
 
 def _check_range(key: str, what: str, found: Tensor, classes: int) -> None:
@@ -241,10 +260,11 @@ def collate(items: Sequence[Item], positions: Sequence[int]) -> Batch:
         keys=tuple(item.key for item in items),
         positions=tuple(positions),
         captions=tuple(item.caption for item in items),
-        images=stack("image", [item.tensors.image for item in items]),  # [B, 3, R, R]
-        semantic=_stack_known([item.tensors.semantic for item in items], UNKNOWN_CLASS),  # [B, R, R]
-        masks=None if any(mask is None for mask in masks) else stack("mask", masks),  # [B, 1, R, R]
+        images=stack("image", [item.tensors.image for item in items]),  # [B, 3, H, W]
+        semantic=_stack_known([item.tensors.semantic for item in items], UNKNOWN_CLASS),  # [B, H, W]
+        masks=None if any(mask is None for mask in masks) else stack("mask", masks),  # [B, 1, H, W]
         labels=_stack_known(labels, UNKNOWN_LABEL),  # [B]
+        weights=_weights([item.weight for item in items]),  # [B]
         moments=None if means is None or logvars is None else (means, logvars),  # [B, C, h, w] each
         bad=tuple(pair for item in items for pair in item.bad),
     )
@@ -256,6 +276,10 @@ def _stack_known(parts: Sequence[Tensor | None], unknown: int) -> Tensor | None:
     if there is None:
         return None
     return torch.stack([torch.full_like(there, unknown) if part is None else part for part in parts])
+
+
+def _weights(weights: Sequence[float]) -> Tensor | None:
+    return None if all(weight == 1.0 for weight in weights) else torch.tensor(weights, dtype=torch.float32)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from ldm.data.folder_index import walk_files
 from ldm.data.images import SUFFIXES, open_image
 from ldm.data.sample import BadSample
 from ldm.errors import UserError, user_input
+from ldm.files import whole_folder
 
 
 def convert_maps(
@@ -94,14 +93,9 @@ def _problems(folder: Path, name: str, palette: Palette) -> Iterable[str]:
 
 
 def _write(folder: Path, out: Path, targets: dict[str, str], palette: Palette, progress: bool) -> None:
-    parts = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    parts.mkdir(parents=True)
-    try:
+    with whole_folder(out, synced=False) as parts:
         for name, target in tqdm(targets.items(), desc=f"writing {out}", unit="map", disable=not progress):
             with user_input(f"{folder}: it changed meanwhile, nothing was written", BadSample, StrayColoursError):
                 indices = index_map(open_image(folder / name, key=name), palette)
             (parts / target).parent.mkdir(parents=True, exist_ok=True)
             recolour_map(indices, palette).save(parts / target)
-        parts.replace(out)
-    finally:
-        shutil.rmtree(parts, ignore_errors=True)

@@ -6,16 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from conditioning.unknown import UNKNOWN_CLASS as UNKNOWN_CLASS
+from conditioning.unknown import UNKNOWN_LABEL as UNKNOWN_LABEL
+
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
     from torch import Tensor
-
-UNKNOWN_CLASS = 255
-"""The value of a semantic map's pixel that says nothing: "ignore", an "unknown" class of its own (DESIGN.md 3)."""
-
-UNKNOWN_LABEL = -1
-"""The label of a sample that has none, where the others have."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,8 @@ class Sample:
     """Mode L, the image's size: 255 = repaint, 0 = keep, in between = soft."""
     label: int | None = None
     """Index into the source's `classes`."""
+    weight: float = 1.0
+    """Factor of its loss."""
     extra: Mapping[str, object] = field(default_factory=dict)
     """Whatever else the source knows (further columns of the metadata file, the scene's description, ...)."""
 
@@ -67,6 +66,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of the image of sample `index`, without decoding it. Raises `BadSample`."""
+
     def read(self, index: int, *, with_image: bool = True) -> Sample:
         """Sample `index` (0 <= index < len). Without the image nothing of it is decoded. Raises `BadSample`."""
 
@@ -88,6 +90,8 @@ class Batch:
     """float32 [B, 1, H, W] in [0, 1], 1 = repaint."""
     labels: Tensor | None = None
     """int64 [B], -1 = unknown."""
+    weights: Tensor | None = None
+    """float32 [B], factor of each sample's loss; None where all are 1."""
     moments: tuple[Tensor, Tensor] | None = None
     """Mean and log-variance of the cached posterior, each float32 [B, C, h, w]."""
     bad: tuple[tuple[str, str], ...] = ()
@@ -104,7 +108,7 @@ class Batch:
 
         moved: dict[str, Any] = {
             name: move(getattr(self, name))
-            for name in ("images", "semantic", "masks", "labels")
+            for name in ("images", "semantic", "masks", "labels", "weights")
             if getattr(self, name) is not None
         }
         if self.moments is not None:

@@ -327,6 +327,10 @@ class ScenesSource:
     def __len__(self) -> int:
         return self.config.count
 
+    def size(self, index: int) -> tuple[int, int]:
+        """All are squares."""
+        return self.resolution, self.resolution
+
     def read(self, index: int, *, with_image: bool = True) -> Sample:
         """The sample of this index, 0 <= index < len; `with_image=False` leaves the picture undrawn."""
         if not 0 <= index < len(self):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from tqdm import tqdm
 from ldm.data.sample import Sample
 from ldm.data.scenes import ScenesConfig, ScenesSource
 from ldm.errors import UserError
+from ldm.files import whole_folder
 
 
 def write_scenes(config: ScenesConfig, resolution: int, out: Path, count: int, *, progress: bool = True) -> None:
@@ -27,24 +26,18 @@ def write_scenes(config: ScenesConfig, resolution: int, out: Path, count: int, *
     it is complete.
 
     Raises:
-        UserError: `out` holds something or is no folder; the resolution is below 16; the emoji font is missing.
+        UserError: `out` holds something or is no folder; the resolution is below 16; the emoji font is missing; the
+            disk refuses (what was written is removed).
         ValueError: `count` is below 1.
-        OSError: the disk refuses; what was written is removed.
     """
     source = ScenesSource(dataclasses.replace(config, count=count), resolution)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: it exists and is not an empty folder; nothing was written; name a new folder")
-    out = out.resolve()
-    parts = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    parts.mkdir(parents=True)
-    try:
+    with whole_folder(out, synced=False) as parts:
         for name in ("images", "semantic"):
             (parts / name).mkdir()
         samples = (source.read(index) for index in range(count))
         _write(parts, source, tqdm(samples, total=count, desc=f"writing {out}", unit="scene", disable=not progress))
-        parts.replace(out)
-    finally:
-        shutil.rmtree(parts, ignore_errors=True)
 
 
 def _write(folder: Path, source: ScenesSource, samples: Iterable[Sample]) -> None:

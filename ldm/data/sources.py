@@ -1,15 +1,32 @@
-"""Which data to train on, and how it becomes squares: the config, and the source that it names."""
+"""Which data to train on, and which shape it gets: the config, and the source that it names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ldm.data.buckets import BucketsConfig, check_resolution
+from ldm.data.combined import CombinedSource, Part, check_part
 from ldm.data.folder import FolderSource
 from ldm.data.huggingface import HuggingFaceSource
 from ldm.data.sample import Source
 from ldm.data.scenes import ScenesConfig, ScenesSource
 from ldm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFolder:
+    """One of several folders of images."""
+
+    root: str
+    repeats: int = 1
+    """How many times each of its images comes in one epoch."""
+    weight: float = 1.0
+    """Factor of the loss of its images."""
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for a number that is not allowed."""
+        check_part(self.repeats, self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +36,8 @@ class DataConfig:
     source: Literal["folder", "huggingface", "scenes"] = "folder"
     root: str | None = None
     """folder: the folder. huggingface: a folder, a .parquet or .arrow file, or a hub id (only that is downloaded)."""
+    folders: tuple[DataFolder, ...] | None = None
+    """folder: several of them, in place of `root`. Labels and classes of maps are joined by name."""
     split: str = "train"
     """huggingface only."""
     image_column: str = "image"
@@ -30,7 +49,9 @@ class DataConfig:
     semantic_column: str | None = None
     mask_column: str | None = None
     resolution: int = 256
-    """Side of the square images in pixels."""
+    """Side of the square images in pixels; with `buckets`, the side of the square that no image's area exceeds."""
+    buckets: BucketsConfig | None = None
+    """Shapes between tall and wide, each image the one nearest to its own; null: squares."""
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     """Mirror half of the samples, left to right."""
@@ -46,17 +67,39 @@ class DataConfig:
             )
         if not 0.0 <= self.max_bad_share <= 1.0:
             raise ValueError(f"max_bad_share: found {self.max_bad_share}; allowed is 0 to 1; give a share such as 0.01")
+        if self.folders is not None:
+            self._check_folders(self.folders)
+        if self.buckets is not None:
+            self._check_buckets(self.buckets)
         if self.flip and self.source == "scenes" and self.scenes.relations and self.scenes.max_objects > 1:
             raise ValueError(
                 "flip: found true with scenes whose captions say left and right; allowed is false; "
                 "remove it or set scenes.relations: false"
             )
 
+    def _check_folders(self, folders: tuple[DataFolder, ...]) -> None:
+        if self.root is not None:
+            raise ValueError(f"root: found {self.root!r} beside folders; allowed is one of the two; set the other null")
+        if self.source != "folder":
+            raise ValueError(f"folders: found with source {self.source}; allowed with source folder; leave it out")
+        if not folders:
+            raise ValueError("folders: found an empty list; allowed is one folder or more; name one, or set it null")
+
+    def _check_buckets(self, buckets: BucketsConfig) -> None:
+        if self.source == "scenes":
+            raise ValueError("buckets: found with source scenes, which are all squares; allowed is null; leave it out")
+        check_resolution(self.resolution, buckets)
+
 
 def open_source(config: DataConfig) -> Source:
     """The source that `config` names. Raises `UserError` if it is not there or cannot be used."""
     if config.source == "scenes":
         return ScenesSource(config.scenes, config.resolution)
+    if config.folders is not None:
+        folders = [
+            (folder, FolderSource(folder.root, caption_column=config.caption_column)) for folder in config.folders
+        ]
+        return CombinedSource([Part(source, folder.repeats, folder.weight) for folder, source in folders])
     if not config.root:
         example = "a folder of images" if config.source == "folder" else "a local dataset or a hub id"
         raise UserError(

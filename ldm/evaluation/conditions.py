@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from conditioning.conditions import CONDITIONS
 from ldm.data.scene_rendering import Scene, caption, render_image, render_semantic
 from ldm.data.scenes import ScenesConfig, scene_at
 from ldm.errors import UserError, user_input
@@ -44,7 +45,6 @@ from ldm.evaluation.scene_holes import (
     same_outside,
 )
 from ldm.evaluation.scenes import NOTHING, Array, score_image
-from ldm.guidance import CONDITIONS
 from ldm.randomness import derive_seed
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.data.scene_rendering import PALETTE, Scene
-from ldm.data.scenes import GAP, ScenesConfig
+from ldm.data.scenes import ScenesConfig
 from ldm.evaluation.scenes import find_background, find_shapes, pixels_of
 from ldm.evaluation.seam import seam_gradient
 
@@ -20,10 +20,26 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 def hole_over(scene: Scene, resolution: int) -> Box:
-    """The box of the first object, grown by half the gap between objects, so that it touches no other."""
-    left, top, side = scene.objects[0].pixels(resolution)
-    by = max(1, int(GAP / 2 * resolution))
-    return max(0, left - by), max(0, top - by), min(resolution, left + side + by), min(resolution, top + side + by)
+    """The box of the first object with room around it, as a person would mark it.
+
+    Each side grows by a pixel in turn, by up to an eighth of the picture's side, within the picture and as long as a
+    pixel of background stays before another object. The first pixel of growth may take that one too.
+    """
+    edges = [thing.pixels(resolution) for thing in scene.objects]
+    hole, *others = [(left, top, left + side, top + side) for left, top, side in edges]
+    for turn in range(max(1, resolution // 8)):
+        room = 0 if turn == 0 else 1
+        for side, step in enumerate((-1, -1, 1, 1)):
+            grown = (*hole[:side], hole[side] + step, *hole[side + 1 :])
+            if 0 <= grown[side] <= resolution and not any(_meet(grown, other, room) for other in others):
+                hole = grown
+    return hole
+
+
+def _meet(one: Box, other: Box, room: int) -> bool:
+    """Whether there are less than `room` pixels between two boxes."""
+    apart = (other[0] - one[2], one[0] - other[2], other[1] - one[3], one[1] - other[3])
+    return max(apart) < room
 
 
 def hole_mask(hole: Box, resolution: int) -> Image.Image:

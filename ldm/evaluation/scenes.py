@@ -64,8 +64,7 @@ def score_image(image: Image.Image, scene: Scene, config: ScenesConfig) -> Scene
     """Compare a square picture with the scene that it should show. Raises `ValueError` if it is not square."""
     pixels = pixels_of(image)
     background, colour = find_background(pixels, config)
-    finder = find_shapes if config.kind == "shapes" else _find_emoji
-    pairs = _assign(scene, finder(pixels, background, colour, config))
+    pairs = _assign(scene, find_objects(pixels, background, colour, config))
     seen = [(thing, found) for thing, found in pairs if found is not None]
     full = len(seen) == len(pairs)
     coloured, related = scene.kind == "shapes", scene.relation is not None
@@ -162,6 +161,12 @@ def colour_distances(colours: Array, names: Sequence[str]) -> Array:
     """RGB distances [pixels, names] of colours [pixels, 3] from those of the palette."""
     palette = np.array([PALETTE[name] for name in names], dtype=np.float32)
     return np.linalg.norm(colours[:, None] - palette, axis=2)
+
+
+def find_objects(pixels: Array, background: str, colour: Array, config: ScenesConfig) -> list[Found]:
+    """The objects of a picture with this background, at most as many as the config draws."""
+    finder = find_shapes if config.kind == "shapes" else _find_emoji
+    return finder(pixels, background, colour, config)
 
 
 def find_shapes(pixels: Array, background: str, colour: Array, config: ScenesConfig) -> list[Found]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,11 +16,12 @@ from autoencoder.latents import fold_normalisation
 from ldm.device import DTYPES
 from ldm.errors import UserError, user_input
 from ldm.interchange.architecture import STANDARD_SCALING_FACTOR
-from ldm.interchange.hints import Hints
+from ldm.interchange.hints import NO_HINTS, Hints
 from ldm.interchange.model_card import write_model_card
-from ldm.interchange.single_file import NO_HINTS, read_single_file
+from ldm.interchange.opening import is_single_file, merge_loras, model_folder, read_model
 from ldm.interchange.single_file_writer import write_single_file
-from ldm.pipeline_folder import Components, find_folder, read_components, write_components
+from ldm.lora_reading import checked_lora, lora_name
+from ldm.pipeline_folder import Components, write_components
 
 Kind = Literal["diffusers", "single-file"]
 
@@ -32,32 +34,60 @@ def export(
     *,
     metadata: Mapping[str, str] | None = None,
     standard_scale: bool = False,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    vae: str | Path | None = None,
+    overwrite: bool = False,
     allow_pickle: bool = False,
+    variant: str | None = None,
     hints: Hints = NO_HINTS,
 ) -> list[str]:
     """Write the model at `source` to `out`, and return what the user should be warned of, a line each.
 
-    `source` is a pipeline's folder, a run's folder with one in it, a hub id, or a single file (`allow_pickle` and
-    `hints` as in `read_single_file`). `diffusers` writes a folder with a model card, `single-file` a .safetensors file
-    in Stable Diffusion's layout (`metadata` as in `write_single_file`). `dtype` is fp32, fp16 or bf16.
-    `standard_scale` puts the latent scale into the autoencoder's weights so that its factor is 0.18215, which ComfyUI
-    and A1111 assume: the same images up to rounding, other weights.
+    `source` is a pipeline's folder, a run's folder with one in it, a hub id, or a single file; `vae`, `allow_pickle`,
+    `variant` and `hints` are as in `read_model`, `loras` (file or run, weight) are merged into the weights. `diffusers`
+    writes a folder with a model card, `single-file` a .safetensors file in Stable Diffusion's layout (`metadata` as in
+    `write_single_file`). `dtype` is fp32, fp16 or bf16. `standard_scale` puts the latent scale into the autoencoder's
+    weights so that its factor is 0.18215, which ComfyUI and A1111 assume: the same images up to rounding, other
+    weights. What lies at `out` is replaced with `overwrite` only.
 
     Raises UserError; then nothing at `out` has changed.
     """
-    precision = _precision(dtype)
+    precision = precision_of(dtype)
     if kind not in get_args(Kind):
         raise UserError(f"kind: found {kind!r}; allowed is {', '.join(get_args(Kind))}")
-    components, run = _read(Path(source), allow_pickle, hints)
+    check_new(out, overwrite)
+    files = [(checked_lora(lora), weight) for lora, weight in loras]
+    said = dict(metadata or {})
+    components = read_model(source, allow_pickle=allow_pickle, variant=variant, vae=vae, hints=hints)
+    merge_loras(components, files)
     if standard_scale:
         with user_input("standard_scale", ValueError):
             components = with_standard_scale(components)
     if kind == "single-file":
-        return write_single_file(components, out, dtype=precision, metadata=metadata)
+        if files:
+            names = [Path(source).stem, *(f"{lora_name(file)} ({weight:g})" for file, weight in files)]
+            said = {"merged_from": ", ".join(names), **said}
+        return write_single_file(components, out, dtype=precision, metadata=said)
     _cast(components, precision)
     write_components(components, out)
-    write_model_card(out, title=(metadata or {}).get("title"), run=run, license=(metadata or {}).get("license"))
+    write_model_card(
+        out,
+        title=said.get("title"),
+        run=_home_of(Path(source), variant),
+        license=said.get("license"),
+        merged=[(lora_name(file), weight) for file, weight in files],
+    )
     return []
+
+
+def check_new(out: str | Path, overwrite: bool) -> None:
+    """Raise UserError when there is something at `out` that may not be replaced; an empty folder is nothing."""
+    out = Path(out)
+    if overwrite or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    raise UserError(
+        f"{out}: found something there already; allowed is a new name; give one, or --overwrite (overwrite=True)"
+    )
 
 
 def with_standard_scale(components: Components) -> Components:
@@ -76,31 +106,20 @@ def with_standard_scale(components: Components) -> Components:
     std = torch.full((channels,), STANDARD_SCALING_FACTOR / config.scaling_factor)
     fold_normalisation(vae, torch.zeros(channels), std)
     vae.register_to_config(scaling_factor=STANDARD_SCALING_FACTOR)
-    return Components(
-        vae,
-        components.unet,
-        components.noise_scheduler,
-        components.text_encoder,
-        components.semantic_encoder,
-        components.label_encoder,
-    )
+    return replace(components, vae=vae)
 
 
-def _precision(dtype: str | torch.dtype) -> torch.dtype:
+def precision_of(dtype: str | torch.dtype) -> torch.dtype:
+    """The type called `dtype`. Raises UserError."""
     for name, known in DTYPES.items():
         if dtype in (name, known):
             return known
     raise UserError(f"dtype: found {dtype}; allowed is {', '.join(DTYPES)}")
 
 
-def _read(source: Path, allow_pickle: bool, hints: Hints) -> tuple[Components, Path]:
-    """The model, and the folder that it lies in, which may be that of the run that made it."""
-    if source.is_file():
-        return read_single_file(source, allow_pickle=allow_pickle, hints=hints), source.parent
-    if (source / "pipeline" / "model_index.json").is_file():
-        source = source / "pipeline"
-    folder = find_folder(source)
-    return read_components(folder), folder.resolve().parent
+def _home_of(source: Path, variant: str | None) -> Path:
+    """The folder that a model lies in, which may be that of the run that made it."""
+    return (source if is_single_file(source) else model_folder(source, variant)).resolve().parent
 
 
 def _cast(components: Components, dtype: torch.dtype) -> None:

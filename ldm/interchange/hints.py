@@ -109,3 +109,6 @@ def _from_json(text: str) -> dict[str, Any]:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 20
+
+
+NO_HINTS = Hints()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from conditioning.folders import looks_like_hub_id
 from ldm.errors import user_input
+from ldm.files import write_text
 from ldm.pipeline_folder import OUR_CLASS
 
 _PARTS = ("vae", "unet", "text_encoder", "scheduler", "semantic_encoder", "label_encoder")
@@ -28,12 +30,14 @@ def write_model_card(
     title: str | None = None,
     run: str | Path | None = None,
     license: str | None = None,
+    merged: Sequence[tuple[str, float]] = (),
 ) -> Path:
     """Write `folder`/README.md for the pipeline there, and return its path.
 
     `run` is the folder of the training run, by default the one that `folder` lies in; its config.yaml, report.json and
     metrics.jsonl are told as far as they are there, and so is the report of the autoencoder that it names. Absolute
-    paths are shortened to their last name. Raises UserError when the folder is no pipeline or cannot be written.
+    paths are shortened to their last name. `merged` are the LoRAs, name and weight, in the weights. Raises UserError
+    when the folder is no pipeline or cannot be written.
     """
     folder = Path(folder)
     index = _read_json(folder / "model_index.json")
@@ -43,30 +47,30 @@ def write_model_card(
     title = title or (run.resolve().name if config else folder.resolve().name)
     ours = index.get("_class_name") == OUR_CLASS
     parts = [
-        _front_matter(index, license),
+        _front_matter(index, license, config),
         f"# {title}",
         _about(folder, index),
         _usage(folder.resolve().name, index, ours),
         _training(config) if config else "",
+        _merged(merged) if merged else "",
         _measured(run, config),
         _whole_config(config) if config else "",
     ]
     text = "\n\n".join(part.strip() for part in parts if part) + "\n"
     path = folder / "README.md"
-    with user_input(f"{path}: cannot be written", OSError):
-        partial = folder / ".README.md.part"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+    write_text(path, text)
     return path
 
 
-def _front_matter(index: Mapping[str, Any], license: str | None) -> str:
+def _front_matter(index: Mapping[str, Any], license: str | None, config: Mapping[str, Any]) -> str:
     ours, inpainting = index.get("_class_name") == OUR_CLASS, "Inpaint" in str(index.get("_class_name"))
     task = "image-to-image" if inpainting else "text-to-image"
     tags = ["latent-diffusion", *([] if ours else ["diffusers"]), *(["inpainting"] if inpainting else [])]
     matter = {"library_name": "ldm" if ours else "diffusers", "pipeline_tag": task, "tags": tags}
     if license:
         matter["license"] = license
+    if looks_like_hub_id(str(config.get("model"))):
+        matter["base_model"] = str(config["model"])
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
 
 
@@ -96,7 +100,15 @@ def _training(config: Mapping[str, Any]) -> str:
     lines = [f"- Data: {source}{place}, at {data.get('resolution', '?')} pixels"]
     lines += [f"- {key.replace('_', ' ').capitalize()}: {training[key]}" for key in _SETTINGS if key in training]
     lines += [f"- Seed: {config['seed']}"] if "seed" in config else []
+    if config.get("model"):
+        lines.insert(0, f"- Began from: `{_without_places(config['model'])}`")
+    if lora := _table(config.get("lora")):
+        lines.append(f"- A LoRA of rank {lora.get('rank', '?')}, merged into the weights")
     return "\n".join(["## Training", "", *lines])
+
+
+def _merged(loras: Sequence[tuple[str, float]]) -> str:
+    return "\n".join(["## LoRAs in the weights", "", *(f"- {name}, times {weight:g}" for name, weight in loras)])
 
 
 def _measured(run: Path, config: Mapping[str, Any]) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.errors import UserError, user_input
+from ldm.errors import UserError
+from ldm.files import whole_file, writing
 
 HASH_KEY = "modelspec.hash_sha256"
 _NO_HASH = "0x" + 64 * "0"
@@ -25,17 +24,11 @@ def write_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Raises UserError when it cannot be written; then `path` is as it was.
     """
     path = check_path(path)
-    with user_input(f"{path}: cannot be written", OSError):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        # A full disk is an OSError to Python and a SafetensorError to safetensors.
-        with user_input(f"{path}: cannot be written", OSError, SafetensorError):
-            save_file(dict(tensors), partial, metadata={**metadata, HASH_KEY: _NO_HASH})
-            _put_hash(partial)
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        save_file(dict(tensors), partial, metadata={**metadata, HASH_KEY: _NO_HASH})
+        _put_hash(partial)
 
 
 def check_path(path: str | Path) -> Path:
@@ -49,7 +42,7 @@ def check_path(path: str | Path) -> Path:
 
 
 def _put_hash(path: Path) -> None:
-    """Replace the placeholder in the header by the hash of all behind the header, and sync the file."""
+    """Replace the placeholder in the header by the hash of all behind the header."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
         start = 8 + int.from_bytes(content[:8], "little")
         digest = hashlib.sha256()
@@ -58,4 +51,3 @@ def _put_hash(path: Path) -> None:
         place = content.find(_NO_HASH.encode(), 0, start)
         content[place : place + len(_NO_HASH)] = f"0x{digest.hexdigest()}".encode()
         content.flush()
-        os.fsync(file.fileno())

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from conditioning.clip_tokenizer import VOCABULARY_SIZE, clip_vocabulary_tokenizer
 from conditioning.text import TextEncoder
 from ldm.errors import user_input
 from ldm.interchange import keys_unet, keys_vae
-from ldm.interchange.hints import Hints, hints_of_header
+from ldm.interchange.hints import NO_HINTS, Hints, hints_of_header
 from ldm.interchange.keys import fits, to_ours
 from ldm.interchange.keys_text import BLOCKS, OPENCLIP_PREFIX, TextLayout
 from ldm.interchange.parts import (
@@ -34,7 +35,6 @@ from ldm.pipeline_folder import Components
 from ldm.sampling import make_scheduler
 
 logger = logging.getLogger(__name__)
-NO_HINTS = Hints()
 STANDARD_NOISE = NoiseConfig(schedule="scaled_linear", prediction="epsilon", beta_start=0.00085, beta_end=0.012)
 _NOT_READ = re.compile(
     r"model_ema\..*|global_step|(alphas_|betas|sqrt_|log_one_minus_|posterior_|logvar|lvlb_weights|scale_factor).*|"
@@ -42,6 +42,7 @@ _NOT_READ = re.compile(
     r"cond_stage_model\.transformer\..*position_ids"
 )
 """What published checkpoints hold beside the networks: running averages, noise tables, a loss, text projections."""
+_ALONE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "loss.")
 _BLOCK = re.compile(re.escape(OPENCLIP_PREFIX + BLOCKS) + r"(\d{1,4})\..*")
 _V_MARK = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_DEVIATION = 0.09
@@ -65,7 +66,8 @@ def read_single_file(path: str | Path, *, allow_pickle: bool = False, hints: Hin
         vae = vae_part(empty_vae(file.shapes, hints, _scale_factor(file)))
         text = text_part(empty_text_model(file.shapes, hints, layout, prefix), layout, prefix)
         parts = (unet, vae, text)
-        _check_tensors(file, parts)
+        blocks = text.network.config.num_hidden_layers
+        _check_tensors(file, parts, lambda key: _is_known(key, blocks))
         _check_fit(unet, vae, text)
         noise = _noise_config(file, unet, hints)
         length = hints.text_length or text.network.config.max_position_embeddings
@@ -75,6 +77,31 @@ def read_single_file(path: str | Path, *, allow_pickle: bool = False, hints: Hin
         scheduler = make_scheduler(hints.scheduler or "dpm++", noise)
         networks = [part.load(to_ours(part.places, file.read, part.shapes)) for part in parts]
     return Components(networks[1], networks[0], scheduler, _text_encoder(networks[2], layout, length))
+
+
+def read_autoencoder_file(path: str | Path, *, allow_pickle: bool = False, hints: Hints = NO_HINTS) -> AutoencoderKL:
+    """Read a file of an autoencoder alone, or that of a whole checkpoint, in the original layout, into float32.
+
+    As `read_single_file`, which see; its keys may lie below `first_stage_model.` or on their own.
+    """
+    with open_weights(path, allow_pickle=allow_pickle) as file, user_input(str(path), ValueError):
+        hints = hints.over(hints_of_header(file.metadata))
+        if not any(key.startswith(keys_vae.PREFIX) for key in file.shapes):
+            file = _below(file, keys_vae.PREFIX)
+        vae = vae_part(empty_vae(file.shapes, hints, _scale_factor(file)))
+        _check_tensors(file, (vae,), lambda key: not key.startswith(keys_vae.PREFIX) or _is_known(key, 0))
+        return vae.load(to_ours(vae.places, file.read, vae.shapes))
+
+
+def _below(file: WeightFile, prefix: str) -> WeightFile:
+    """The same file with `prefix` before the keys of its networks; a part that is alone goes without."""
+    names = {f"{prefix}{key}" if key.startswith(_ALONE) else key: key for key in file.shapes}
+    return replace(
+        file,
+        shapes={name: file.shapes[key] for name, key in names.items()},
+        numbers=frozenset(name for name, key in names.items() if key in file.numbers),
+        read=lambda name: file.read(names[name]),
+    )
 
 
 def _check_kind(file: WeightFile) -> None:
@@ -91,8 +118,11 @@ def _check_kind(file: WeightFile) -> None:
         )
 
 
-def _check_tensors(file: WeightFile, parts: Sequence[Part]) -> None:
-    """Raise ValueError unless every tensor of the networks is there, in its shape, and no other of theirs."""
+def _check_tensors(file: WeightFile, parts: Sequence[Part], known: Callable[[str], bool]) -> None:
+    """Raise ValueError unless every tensor of the networks is there, in its shape, and no other of theirs.
+
+    `known` tells of a key that is left over whether it is known not to matter.
+    """
     stored = {key: shape for part in parts for key, shape in part.stored.items()}
     if lost := [key for key in stored if key not in file.shapes]:
         raise ValueError(f"missing are {_some(lost, 'tensors')}; allowed is a whole checkpoint; download it again")
@@ -100,8 +130,7 @@ def _check_tensors(file: WeightFile, parts: Sequence[Part]) -> None:
         if not fits(file.shapes[key], shape) or key not in file.numbers:
             kind = "" if key in file.numbers else " of whole numbers"
             raise ValueError(f"found {key} {list(file.shapes[key])}{kind}; allowed beside the others is {list(shape)}")
-    blocks = parts[2].network.config.num_hidden_layers
-    left = [key for key in file.shapes if key not in stored and not _is_known(key, blocks)]
+    left = [key for key in file.shapes if key not in stored and not known(key)]
     if strange := [key for key in left if key.startswith((keys_unet.PREFIX, keys_vae.PREFIX))]:
         raise ValueError(f"unexpected are {_some(strange, 'tensors')}; allowed is a plain text-to-image model")
     if left:

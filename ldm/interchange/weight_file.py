@@ -15,6 +15,7 @@ from torch._weights_only_unpickler import UnpicklingError
 
 from ldm.errors import UserError, user_input
 from ldm.interchange.keys import Shape
+from ldm.pipeline_weights import refuse_pointer
 
 _PICKLE_ERRORS = (
     *(UnpicklingError, RuntimeError, ValueError, TypeError, AttributeError),
@@ -49,13 +50,15 @@ def open_weights(path: str | Path, *, allow_pickle: bool = False) -> Iterator[We
     Raises UserError, one line, for what is missing, damaged or something else.
     """
     path = Path(path)
+    refuse_pointer(path)
     with user_input(str(path), OSError), path.open("rb") as file:
-        start = file.read(2)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+        start = file.read(9)
+    # A safetensors file begins with the length of its header, which may well look like the start of a pickle.
+    if start[8:9] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         if not allow_pickle:
             raise UserError(
                 f"{path}: found a pickle, which can carry a program; allowed is .safetensors; "
-                "if you trust where it comes from, allow it with allow_pickle"
+                "if you trust where it comes from, allow it with allow_pickle (ldm export --allow-pickle converts it)"
             )
         yield _torch_file(path)
         return

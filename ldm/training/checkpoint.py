@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ldm.errors import user_input
+from ldm.errors import UserError, user_input
+from ldm.files import whole_folder
 
 _NAME = re.compile(r"step-(\d+)")
+_STATE, _MANIFEST = "state.json", "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,8 @@ class CheckpointFolder:
         final = self.folder / f"step-{step}"
         if final.exists():
             return final
-        partial = self.folder / f".partial-step-{step}"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            # A full disk is an OSError to Python and a SafetensorError to safetensors.
-            with user_input(f"checkpoint {final}: cannot be written, earlier ones are kept", OSError, SafetensorError):
-                _write(partial, tensors, {"step": step, **state})
-                partial.rename(final)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        sync(self.folder)
+        with whole_folder(final, ", earlier ones are kept") as partial:
+            _write(partial, tensors, {"step": step, **state})
         self._prune()
         return final
 
@@ -67,9 +60,16 @@ class CheckpointFolder:
         return sorted(int(match[1]) for match in names if match)
 
     def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, or None."""
+        """The newest complete checkpoint, or None. Raises `UserError` if it is damaged, naming the one before."""
         steps = self.steps()
-        return load_checkpoint(self.folder / f"step-{steps[-1]}") if steps else None
+        if not steps:
+            return None
+        newest = self.folder / f"step-{steps[-1]}"
+        try:
+            return load_checkpoint(newest)
+        except UserError as error:
+            before = f"go on from step {steps[-2]}" if len(steps) > 1 else "start anew, as there is none before it"
+            raise UserError(f"{error}; remove the folder {newest} to {before}") from error
 
     def _prune(self) -> None:
         """Remove old checkpoints, and what a killed process left half-written."""
@@ -77,28 +77,37 @@ class CheckpointFolder:
             # Renamed first: a folder that is being deleted must not look like a checkpoint.
             doomed = self.folder / f".removed-step-{step}"
             (self.folder / f"step-{step}").rename(doomed)
-        for leftover in [*self.folder.glob(".removed-*"), *self.folder.glob(".partial-*")]:
+        for leftover in [*self.folder.glob(".removed-*"), *self.folder.glob(".step-*.part")]:
             shutil.rmtree(leftover)
 
 
 def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Make `folder` and have the disk hold all of it."""
-    folder.mkdir()
     for name, named in tensors.items():
         contiguous = {key: value.detach().cpu().contiguous() for key, value in named.items()}
         save_file(contiguous, folder / f"{name}.safetensors")
-    (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    for file in folder.iterdir():
-        sync(file)
-    sync(folder)
+    (folder / _STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    hashes = {path.name: _hash(path) for path in sorted(folder.iterdir())}
+    (folder / _MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read one `step-N` folder; raises `UserError` for one that is missing or damaged."""
+    """Read the files of one `step-N` folder that its manifest names, if each still has the hash that it was saved with.
+
+    Raises `UserError` for a folder that is missing or damaged; it names the file.
+    """
     with user_input(f"checkpoint {folder}", OSError, ValueError, KeyError, SafetensorError):
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+        hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        for name, saved in hashes.items():
+            if _hash(folder / Path(name).name) != saved:
+                raise ValueError(f"{name} is damaged: its bytes are not those that were saved")
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        tensors = {Path(name).stem: load_file(folder / name) for name in hashes if name != _STATE}
         return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum(files: Mapping[str, Mapping[str, Tensor]]) -> str:
@@ -109,24 +118,3 @@ def checksum(files: Mapping[str, Mapping[str, Tensor]]) -> str:
             digest.update(f"{file}/{name}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file as a whole: a reader sees the old one or the new one. Raises `UserError`."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with user_input(f"{path}: cannot be written", OSError):
-            partial.write_text(text, encoding="utf-8")
-            sync(partial)
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

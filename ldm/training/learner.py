@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.errors import UserError, user_input
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserConfig:
     """AdamW and its learning-rate schedule.
 
-    `lr` is used as it is written: nothing multiplies it by processes or batch size. `warmup_steps` rise linearly
-    from 0; then `schedule` leads from `lr` to `lr * final_lr_ratio` at the last step.
+    `adamw8bit` keeps both moments in 8 bits (arXiv 2110.02861), a quarter of the memory; it is bitsandbytes' and needs
+    the extra `adam8bit`. `lr` is used as it is written: nothing multiplies it by processes or batch size.
+    `warmup_steps` rise linearly from 0; then `schedule` leads from `lr` to `lr * final_lr_ratio` at the last step.
     """
 
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, ...] = (0.9, 0.999)
     weight_decay: float = 0.01
@@ -54,6 +57,32 @@ def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
     return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * falling)
 
 
+def build_optimiser(
+    config: OptimiserConfig, parameters: Sequence[nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimiser that `config` names, to work on `device`. Raises `UserError` if it is not installed here."""
+    arguments: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.betas[0], config.betas[1]),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.kind == "adamw":
+        return torch.optim.AdamW(parameters, fused=device.type in ("cpu", "cuda"), **arguments)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "optimiser.kind: found adamw8bit, for which bitsandbytes is not installed; pip install 'ldm[adam8bit]', or "
+            "choose adamw"
+        )
+    with user_input("optimiser.kind: adamw8bit does not work here", ImportError, OSError, RuntimeError):
+        from bitsandbytes.optim import AdamW8bit
+    for parameter in parameters:
+        # It walks over memory and makes weights contiguous at its first step, but their moments before that: with
+        # channels-last weights a saved moment would not say which weight it belongs to.
+        parameter.data = parameter.data.contiguous()
+    return AdamW8bit(parameters, **arguments)
+
+
 class Learner:
     """A module prepared for its device and processes, with everything that belongs to training it.
 
@@ -74,14 +103,7 @@ class Learner:
         self.name, self.config, self.steps = name, config, steps
         self._accelerator = accelerator
         self._names, self._parameters = _trained(module)
-        optimiser = torch.optim.AdamW(
-            self._parameters,
-            lr=config.lr,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=accelerator.device.type in ("cpu", "cuda"),
-        )
+        optimiser = build_optimiser(config, self._parameters, accelerator.device)
         self.module = module
         self.wrapped, self.optimiser = accelerator.prepare(module, optimiser)
         self._names, self._parameters = _trained(module)
@@ -155,20 +177,34 @@ class Learner:
     def _optimiser_tensors(self) -> dict[str, Tensor]:
         state = self.optimiser.state
         return {
-            f"{name}/{key}": value
+            f"{name}/{key}": _as_own_tensor(key, value)
             for name, parameter in zip(self._names, self._parameters, strict=True)
             for key, value in state.get(parameter, {}).items()
         }
 
     def _load_optimiser(self, saved: Mapping[str, Tensor]) -> None:
         parameters = dict(zip(self._names, self._parameters, strict=True))
-        by_name: dict[str, dict[str, Tensor]] = {}
+        by_name: dict[str, dict[str, Tensor | int]] = {}
         for name, value in saved.items():
             parameter_name, key = name.rsplit("/", 1)
-            by_name.setdefault(parameter_name, {})[key] = _laid_out_like(parameters[parameter_name], value)
+            restored = _laid_out_like(parameters[parameter_name], value)
+            by_name.setdefault(parameter_name, {})[key] = int(value) if _is_count(value) else restored
         state = {i: by_name[name] for i, name in enumerate(self._names) if name in by_name}
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _as_own_tensor(key: str, value: Tensor | int) -> Tensor:
+    """A state of an optimiser as safetensors holds it. AdamW8bit counts its steps in an int, and its code tables
+    (`qmap`, 256 numbers) are one tensor for all weights, where a file may hold none twice."""
+    if isinstance(value, int):
+        return torch.tensor(value)
+    return value.clone() if key.startswith("qmap") else value
+
+
+def _is_count(value: Tensor) -> bool:
+    """Whether it was an int (torch's AdamW counts in float32)."""
+    return value.ndim == 0 and value.dtype == torch.int64
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:

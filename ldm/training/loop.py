@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.data.buckets import Buckets
+from ldm.data.combined import distinct_length
 from ldm.data.loader import NOTHING, LatentReader, TrainingBatches, Wanted
 from ldm.data.quarantine import Quarantine
 from ldm.data.sample import Batch, Source
@@ -24,10 +26,13 @@ from ldm.training.checkpoint import Checkpoint, CheckpointFolder, checksum
 from ldm.training.learner import Learner
 from ldm.training.run import Run
 from ldm.training.tracking import Tracking
+from ldm.training.watch import Watch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""By file and name."""
 EXIT_STOPPED_BY_SIGNAL = 75
 """A run that saved itself on SIGTERM or Ctrl-C: EX_TEMPFAIL of sysexits.h, "run the same command again"."""
 
@@ -105,6 +110,7 @@ def training_batches(
     run: Run,
     reader: LatentReader | None = None,
     wanted: Wanted = NOTHING,
+    buckets: Buckets | None = None,
 ) -> TrainingBatches:
     """This process's batches from where the run goes on. Raises `UserError` if they cannot be shared out evenly."""
     return TrainingBatches(
@@ -120,6 +126,7 @@ def training_batches(
         workers=config.workers,
         reader=reader,
         wanted=wanted,
+        buckets=buckets,
         pin_memory=run.accelerator.device.type == "cuda",
     )
 
@@ -127,11 +134,18 @@ def training_batches(
 def open_quarantine(source: Source, data: DataConfig, run: Run) -> Quarantine:
     """The run folder's list of unusable samples; the first process writes it."""
     path = run.folder / "quarantine.jsonl"
-    return Quarantine(path, data.max_bad_share, len(source), writes=run.accelerator.is_main_process)
+    return Quarantine(path, data.max_bad_share, distinct_length(source), writes=run.accelerator.is_main_process)
 
 
-def train(stage: Stage, batches: Iterable[Batch], config: TrainingConfig, run: Run, quarantine: Quarantine) -> None:
-    """Train from `run.start_step` to `config.steps`, resumable at every instant.
+def train(
+    stage: Stage,
+    batches: Iterable[Batch],
+    config: TrainingConfig,
+    run: Run,
+    quarantine: Quarantine,
+    watch: Watch | None = None,
+) -> None:
+    """Train from `run.start_step` to `config.steps`, resumable at every instant; `watch` keeps the best of it.
 
     Raises `UserError` if a loss or gradient is not finite or too much data is bad; leaves the process with exit code
     75 after SIGTERM or Ctrl-C, once the checkpoint is written.
@@ -156,18 +170,21 @@ def train(stage: Stage, batches: Iterable[Batch], config: TrainingConfig, run: R
                 speed = meter.images_per_second(done)
                 tracking.numbers(step, values, {"images_per_second": speed})
                 progress.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.1f} images/s")
+            validation: Mapping[str, float] = {}
             if done % config.validate_every == 0 or done == config.steps:
-                _validate(stage, step, run, tracking)
+                validation = _validate(stage, step, run, tracking)
+            if watch is not None and watch.due(done, config.steps) and watch.look(step, validation, run, tracking):
+                save(stage, watch.keep, done, run)
             if stop or done % config.checkpoint_every == 0 or done == config.steps:
-                save(stage, checkpoints, done, run)
+                save(stage, checkpoints.save, done, run)
             if stop:
                 progress.close()
                 run.say(f"stopped by a signal after step {done}; saved. The same command goes on from here.")
                 raise SystemExit(EXIT_STOPPED_BY_SIGNAL)
 
 
-def save(stage: Stage, checkpoints: CheckpointFolder, step: int, run: Run) -> None:
-    """Write a checkpoint from the first process while the others wait.
+def save(stage: Stage, write: Callable[[int, Tensors, Mapping[str, Any]], object], step: int, run: Run) -> None:
+    """Write a checkpoint by `write`, such as `CheckpointFolder.save`, from the first process while the others wait.
 
     Raises `RuntimeError`, and writes nothing, if the processes no longer hold the same weights.
     """
@@ -176,7 +193,7 @@ def save(stage: Stage, checkpoints: CheckpointFolder, step: int, run: Run) -> No
     if len(set(checksums)) > 1:
         raise RuntimeError(f"the processes have diverged at step {step}: checksums {checksums}; nothing was saved")
     if run.accelerator.is_main_process:
-        checkpoints.save(step, tensors, {"seed": run.seed, "checksums": checksums})
+        write(step, tensors, {"seed": run.seed, "checksums": checksums})
     run.accelerator.wait_for_everyone()
 
 
@@ -241,14 +258,18 @@ def _check_finite(values: dict[str, float], step: int, keys: list[str], run: Run
         )
 
 
-def _validate(stage: Stage, step: int, run: Run, tracking: Tracking) -> None:
+def _validate(stage: Stage, step: int, run: Run, tracking: Tracking) -> Mapping[str, float]:
+    """The numbers that were measured; {} on processes other than the first."""
+    numbers: Mapping[str, float] = {}
     if run.accelerator.is_main_process:
         result = stage.validate(step)
-        tracking.numbers(step, {f"validation/{name}": value for name, value in result.numbers.items()})
+        numbers = result.numbers
+        tracking.numbers(step, {f"validation/{name}": value for name, value in numbers.items()})
         if result.picture is not None:
             run.save_picture(result.picture, f"samples/step-{step + 1}.png")
             tracking.picture(step, "samples", np.asarray(result.picture.convert("RGB")))
     run.accelerator.wait_for_everyone()
+    return numbers
 
 
 @contextmanager

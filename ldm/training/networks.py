@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from autoencoder.model import Autoencoder, downsampling_factor, latent_channels, load_autoencoder
 from conditioning.class_file import read_classes
+from conditioning.embeddings import TextualInversionConfig, learn_word
 from conditioning.encoders import ConditionEncoders
 from conditioning.label import LabelConfig, LabelEncoder
 from conditioning.semantic import SemanticConfig, SemanticEncoder
@@ -21,10 +22,12 @@ from ldm.errors import UserError, user_input
 from ldm.growing import SpatialLayout, grow
 from ldm.interchange.opening import read_model
 from ldm.noise import NoiseConfig
+from ldm.pipeline_folder import Components
 from ldm.randomness import seed_weights
 from ldm.sampling import noise_config_of
+from ldm.training.checkpoint import checksum
 from ldm.training.conditions import ConditionsConfig
-from ldm.training.stage2 import Stage2Config
+from ldm.training.stage2_config import Stage2Config
 from ldm.unet import (
     UNetConfig,
     build_unet,
@@ -44,6 +47,8 @@ class Networks:
     encoders: ConditionEncoders
     unet: UNet2DConditionModel
     noise: NoiseConfig
+    weights: str = ""
+    """A hash of the weights of `model` if the config asks for class images, which are drawn with them."""
 
 
 def build_networks(config: Stage2Config, source: Source) -> Networks:
@@ -53,7 +58,7 @@ def build_networks(config: Stage2Config, source: Source) -> Networks:
     """
     seed_weights(config.seed)
     if config.model is not None:
-        return _of_model(config, config.model, source)
+        return networks_of(config, read_model(config.model), source)
     with user_input("autoencoder"):
         autoencoder = load_autoencoder(str(config.autoencoder))
     own = encoders_beside(config.unet.pretrained)
@@ -69,9 +74,8 @@ def build_networks(config: Stage2Config, source: Source) -> Networks:
     return Networks(autoencoder, encoders, unet, config.noise or NoiseConfig())
 
 
-def _of_model(config: Stage2Config, model: str, source: Source) -> Networks:
-    """The networks of a pipeline or a single file, in fp32; autoencoder and noise as the config says where it does."""
-    parts = read_model(model)
+def networks_of(config: Stage2Config, parts: Components, source: Source) -> Networks:
+    """The networks of a model's parts, in fp32; autoencoder and noise as the config says where it does."""
     autoencoder = parts.vae
     if config.autoencoder is not None:
         with user_input("autoencoder"):
@@ -79,13 +83,39 @@ def _of_model(config: Stage2Config, model: str, source: Source) -> Networks:
     if config.conditions.text.encoder == "model" and parts.text_encoder is None:
         raise UserError(f"conditions.text.encoder: found model, but {config.model} has no text encoder; set it to none")
     own = ConditionEncoders(parts.text_encoder, parts.semantic_encoder, parts.label_encoder)
+    weights = _hash_of(autoencoder, own, parts.unet) if config.prior is not None else ""
     encoders = build_encoders(config.conditions, source, own)
     parts.unet.float().train()
     parts.unet.register_to_config(sample_size=config.data.resolution // downsampling_factor(autoencoder))
     unet = adapt_unet(parts.unet, config.unet, config.conditions, encoders, own, latent_channels(autoencoder))
     if config.lora is not None:
         _add_lora(unet, encoders, config.lora, own, grown=unet is not parts.unet)
-    return Networks(autoencoder.float(), encoders.float(), unet, config.noise or noise_config_of(parts.noise_scheduler))
+    if config.textual_inversion is not None:
+        _add_word(unet, encoders, config.textual_inversion, grown=unet is not parts.unet)
+    noise = config.noise or noise_config_of(parts.noise_scheduler)
+    return Networks(autoencoder.float(), encoders.float(), unet, noise, weights)
+
+
+def _hash_of(autoencoder: Autoencoder, encoders: ConditionEncoders, unet: UNet2DConditionModel) -> str:
+    parts = {"autoencoder": autoencoder, "encoders": encoders, "unet": unet}
+    return checksum({name: part.state_dict() for name, part in parts.items()})
+
+
+def _add_word(
+    unet: UNet2DConditionModel, encoders: ConditionEncoders, config: TextualInversionConfig, *, grown: bool
+) -> None:
+    """Freeze the model but for the vectors of a new word."""
+    if grown:
+        raise UserError(
+            "textual_inversion: found beside new conditions, whose layers have to be trained; allowed are those that "
+            "the model has; train them first"
+        )
+    unet.requires_grad_(False)
+    encoders.requires_grad_(False)
+    if encoders.text is None:
+        raise TypeError("the config asks for text, and the model has it")
+    with user_input("textual_inversion"):
+        learn_word(encoders.text, config)
 
 
 def _add_lora(

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -16,6 +16,7 @@ from torch import nn
 from ldm.device import choose_dtype
 from ldm.picture import save_png
 from ldm.training.checkpoint import Checkpoint, CheckpointFolder
+from ldm.training.folder_lock import lock_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,6 +40,8 @@ class Run:
     accelerator: Accelerator
     checkpoint: Checkpoint | None
     """What to continue from; None at the first start."""
+    lock: TextIO | None = None
+    """Keeps other runs out of the folder while it is open; None on processes other than the first."""
 
     @property
     def start_step(self) -> int:
@@ -53,6 +56,8 @@ class Run:
         """Part from the other processes once all are done."""
         self.accelerator.wait_for_everyone()
         self.accelerator.state.destroy_process_group()
+        if self.lock is not None:
+            self.lock.close()
 
     def save_picture(self, picture: Image, name: str) -> Path:
         """Write a picture into the run folder; call it on one process."""
@@ -76,7 +81,8 @@ def open_run(folder: Path, seed: int, runtime: RuntimeConfig, keep_checkpoints: 
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),
         ],
     )
-    run = Run(folder, seed, accelerator, CheckpointFolder(folder / "checkpoints", keep_checkpoints).latest())
+    lock = lock_folder(folder) if accelerator.is_main_process else None
+    run = Run(folder, seed, accelerator, CheckpointFolder(folder / "checkpoints", keep_checkpoints).latest(), lock)
     devices = f"{accelerator.num_processes} x {accelerator.device.type}"
     format_name = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
     start = f"going on from step {run.start_step}" if run.checkpoint else "a new run"

@@ -59,13 +59,25 @@ class Stage1Config:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     discriminator_optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     ema_decay: float = 0.999  # of the autoencoder only; 0 = none
+    keep_best: Literal["psnr", "ssim", "lpips"] | None = None  # keep the checkpoint that validates best, as RUN/best
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
-    free_to_change: ClassVar[tuple[str, ...]] = (*FREE_TO_CHANGE, "validation_", "report_images", "statistics_images")
+    free_to_change: ClassVar[tuple[str, ...]] = (
+        *FREE_TO_CHANGE,
+        "validation_",
+        "report_images",
+        "statistics_images",
+        "keep_best",
+    )
 
     def __post_init__(self) -> None:
         if self.train == "decoder" and self.autoencoder.pretrained is None:
             raise ValueError("train: found decoder, but autoencoder.pretrained is null; name the autoencoder to tune")
+        if self.keep_best == "lpips" and self.loss.perceptual != "lpips":
+            raise ValueError(
+                f"keep_best: found lpips with loss.perceptual {self.loss.perceptual}; allowed is psnr or ssim, or "
+                "lpips where the loss has its weights; change one of the two"
+            )
         if self.loss.perceptual == "features" and self.discriminator.weight == 0:
             raise ValueError(
                 "loss.perceptual: found features, which are the discriminator's, but discriminator.weight is 0; "
@@ -78,6 +90,11 @@ class Stage1Config:
                 f"discriminator.layers: found {self.discriminator.layers}, which needs {smallest} px, but images come "
                 f"down to {shrunk:g} px; lower it, or raise data.resolution or loss.equivariance_minimum"
             )
+        for name, data in (("data", self.data), ("validation_data", self.validation_data)):
+            if data is not None and data.buckets is not None:
+                raise ValueError(
+                    f"{name}.buckets: found in stage 1, which trains on squares; allowed is null; leave it out"
+                )
         for name in ("validation_images", "report_images", "statistics_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}; allowed is 1 or more")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,9 +14,8 @@ from autoencoder.latents import LatentStatistics, encode, fold_normalisation
 from autoencoder.model import Autoencoder, latent_channels
 from ldm.data.fixed_batches import fixed_images
 from ldm.data.sample import Source
-from ldm.errors import user_input
 from ldm.evaluation.reconstruction import ReconstructionReport, measure_reconstructions
-from ldm.training.checkpoint import write_atomically
+from ldm.files import whole_folder, write_text
 from ldm.training.run import Run
 from ldm.training.stage1 import AutoencoderStage, Stage1Config, evaluating
 
@@ -51,7 +48,7 @@ def finish(
             autoencoder.load_state_dict(backup)
     path = run.save_picture(picture, "report.png")
     measured_on = "validation_data" if config.validation_data else "training images (no validation_data was named)"
-    write_atomically(
+    write_text(
         run.folder / "report.json", json.dumps({"measured_on": measured_on, **report.to_json()}, indent=2) + "\n"
     )
     run.say(f"{report.summary()}, measured on {measured_on}")
@@ -71,14 +68,6 @@ def normalise_latents(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> La
 
 
 def save_autoencoder(autoencoder: Autoencoder, folder: Path) -> None:
-    """Write the folder that diffusers opens, as a whole: beside its place first, then renamed."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        # A full disk is an OSError to Python and a SafetensorError to safetensors.
-        with user_input(f"{folder}: cannot be written", OSError, SafetensorError):
-            autoencoder.save_pretrained(partial, safe_serialization=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """Write the folder that diffusers opens, as a whole."""
+    with whole_folder(folder) as partial:
+        autoencoder.save_pretrained(partial, safe_serialization=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,85 +12,25 @@ from torch import Tensor, nn
 from autoencoder.latents import Moments, encode, to_unet
 from autoencoder.model import Autoencoder
 from conditioning.encoders import ConditionEncoders, ConditionInputs
-from ldm.adapters import LoraConfig
 from ldm.data.fixed_batches import fixed_batches
-from ldm.data.latent_cache import CacheConfig
 from ldm.data.sample import Batch, Source
-from ldm.data.sources import DataConfig
 from ldm.noise import NoiseConfig, NoiseSchedule, add_noise, training_target
 from ldm.objective import ObjectiveConfig, diffusion_loss, loss_weights, timesteps_from_uniforms
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.randomness import normal_for_each, uniform_for_each
 from ldm.sampling import make_scheduler
-from ldm.training.conditions import ConditionsConfig, condition_inputs, draw_losing, wanted_of
-from ldm.training.learner import Learner, OptimiserConfig
-from ldm.training.loop import FREE_TO_CHANGE, TrainingConfig, Validation
-from ldm.training.preview import PreviewConfig, draw_preview
-from ldm.training.run import Run, RuntimeConfig
-from ldm.unet import UNetConfig, denoise
+from ldm.training.conditions import condition_inputs, draw_losing, wanted_of
+from ldm.training.learner import Learner
+from ldm.training.loop import Validation
+from ldm.training.preview import draw_preview
+from ldm.training.prior import Artist
+from ldm.training.run import Run
+from ldm.training.stage2_config import Stage2Config
+from ldm.unet import denoise
 
 VALIDATION_STEP = -1
 """The step number of validation's random draws: training counts from 0."""
 VALIDATION_BATCH = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage2Config:
-    """Everything that `train_ldm.py` reads."""
-
-    out: str
-    data: DataConfig
-    training: TrainingConfig
-    model: str | None = None  # a pipeline (a folder of ours or Stable Diffusion's, or a hub id) to train further
-    autoencoder: str | None = None  # the folder that stage 1 saved, or the `vae` of another; null: the model's
-    seed: int = 0
-    validation_data: DataConfig | None = None  # null: previews and validation loss are of training data
-    conditions: ConditionsConfig = field(default_factory=ConditionsConfig)
-    unet: UNetConfig = field(default_factory=UNetConfig)
-    lora: LoraConfig | None = None  # train small matrices beside the model's frozen layers instead of the layers
-    noise: NoiseConfig | None = None  # null: the model's, or for a new one the defaults
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    ema_decay: float = 0.9999  # after a warm-up of min(decay, (1 + n) / (10 + n)); 0 = none
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    preview: PreviewConfig = field(default_factory=PreviewConfig)
-    compile: bool = False  # torch.compile of the U-Net: minutes at the start, a faster step afterwards
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-
-    free_to_change: ClassVar[tuple[str, ...]] = (
-        *FREE_TO_CHANGE,
-        "validation_",
-        "preview",
-        "cache.batch",
-        "cache.workers",
-    )
-
-    def __post_init__(self) -> None:
-        if self.model is None and self.autoencoder is None:
-            raise ValueError(
-                "autoencoder: found nothing; a new model needs the folder that stage 1 saved; name it, "
-                "or name a model to train further"
-            )
-        if self.model is not None and self.unet.pretrained is not None:
-            raise ValueError("unet.pretrained: found beside model, which has a U-Net; allowed is one; leave it out")
-        if self.lora is not None and self.model is None:
-            raise ValueError("lora: found without model; it changes a trained model; name the model")
-        if self.lora is not None and self.lora.dropout:
-            raise ValueError(
-                f"lora.dropout: found {self.lora.dropout}; allowed is 0: its random numbers could not be repeated by a "
-                "run that goes on; leave it out"
-            )
-        text = self.conditions.text.encoder
-        if (self.model is None) == (text == "model") and text != "none":
-            allowed = (
-                "clip, openclip, trained or none without a model" if self.model is None else "model or none with it"
-            )
-            raise ValueError(f"conditions.text.encoder: found {text}; allowed is {allowed}; set it, or model")
-        if self.cache.enabled and self.data.crop == "random":
-            raise ValueError(
-                "data.crop: found random with cache.enabled true; cached latents are of one fixed crop; "
-                "set data.crop=center or cache.enabled=false"
-            )
 
 
 class DiffusionStep(nn.Module):
@@ -163,9 +102,14 @@ class DiffusionStage:
         return [self.learner]
 
     def backward(self, batch: Batch, step: int, share: float) -> dict[str, Tensor]:
-        """Draw noise, timesteps and dropout for (seed, step, position) and add the gradient of the mean loss."""
+        """Draw noise, timesteps and dropout for (seed, step, position) and add the gradient of the mean loss.
+
+        The mean is that of w_i loss_i over the samples of the global batch, of which there are as many in every
+        micro-batch of every process; it is not divided by the sum of the weights w_i (DreamBooth's equation 2).
+        """
         losing = draw_losing(self.config.conditions.dropouts(), batch, self.run.seed, step)
-        loss = self._losses(self.learner.wrapped, batch, step, losing).mean()
+        losses = self._losses(self.learner.wrapped, batch, step, losing)  # [B]
+        loss = (losses if batch.weights is None else losses * batch.weights).mean()
         self.run.accelerator.backward(loss * share)
         return {"loss": loss.detach()}
 
@@ -212,7 +156,7 @@ class DiffusionStage:
         if preview.prompts:
             prompts = preview.prompts
             return Batch(prompts, tuple(range(len(prompts))), prompts)
-        return next(iter(self._validation_batches(preview.count, preview.count)))
+        return next(iter(self._validation_batches(preview.count, preview.count, squares=True)))
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The model as it is now, around the very networks that are being trained."""
@@ -227,8 +171,15 @@ class DiffusionStage:
             name=self.config.out,
         )
 
-    def _validation_batches(self, count: int, batch_size: int) -> Iterator[Batch]:
+    def artist(self, weights: str) -> Artist:
+        """What draws class images; call it before training. `weights` is a hash of those of the model."""
+        scheduler = self.config.preview.scheduler_for(self.noise)
+        return Artist(self.pipeline, str(self.config.model), weights, scheduler, self.config.data.resolution)
+
+    def _validation_batches(self, count: int, batch_size: int, *, squares: bool = False) -> Iterator[Batch]:
         data = self.config.validation_data or self.config.data
+        if squares:  # pictures that stand side by side are of one size
+            data = replace(data, buckets=None)
         wanted = wanted_of(self.config.conditions, self.encoders)
         names = self.encoders.label.classes if self.encoders.label is not None else ()
         classes = self.encoders.semantic.classes if self.encoders.semantic is not None else ()

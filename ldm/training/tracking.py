@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from ldm.training.checkpoint import write_atomically
+from ldm.files import write_text
 
 
 class MetricsLog:
@@ -22,7 +22,7 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _before(line, start_step)]
-            write_atomically(path, "".join(f"{row}\n" for row in rows))
+            write_text(path, "".join(f"{row}\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:

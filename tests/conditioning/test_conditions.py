@@ -45,7 +45,6 @@ def test_no_condition_is_still_a_value() -> None:
     assert bool(empty)
     for derived in (empty[:2], empty.to("cpu"), empty.repeat_interleave(2), Conditions.cat([empty, empty])):
         assert (derived.context, derived.spatial, derived.class_embedding) == (None, None, None)
-    assert empty.where(torch.tensor([True]), empty).context is None
 
 
 @pytest.mark.parametrize("parts", [PARTS, ("context",), ("spatial", "class_embedding")])
@@ -64,16 +63,11 @@ def test_repeating_and_joining() -> None:
     assert rows(Conditions.cat([numbered(2), numbered(1, start=7), numbered(2)])) == [0, 1, 7, 0, 1]
 
 
-@given(keep=st.lists(st.booleans(), min_size=1, max_size=8))
-def test_where_chooses_row_by_row(keep: list[bool]) -> None:
-    mine, theirs = numbered(len(keep)), numbered(len(keep), start=100)
-    expected = [index if flag else 100 + index for index, flag in enumerate(keep)]
-    assert rows(mine.where(torch.tensor(keep), theirs)) == expected
-
-
-def test_where_spreads_one_row_over_the_batch() -> None:
-    chosen = numbered(3).where(torch.tensor([True, False, False]), numbered(1, start=9))
-    assert rows(chosen) == [0, 9, 9]
+@given(keep=st.lists(st.booleans(), min_size=1, max_size=8), one=st.booleans())
+def test_choosing_row_by_row_from_as_many_or_one(keep: list[bool], one: bool) -> None:
+    kept, other = torch.arange(len(keep))[:, None], 100 + torch.arange(1 if one else len(keep))[:, None]
+    expected = [index if flag else 100 + (0 if one else index) for index, flag in enumerate(keep)]
+    assert choose(torch.tensor(keep), kept, other)[:, 0].tolist() == expected
 
 
 def test_choosing_lets_gradients_flow_to_what_was_chosen_only() -> None:
@@ -87,8 +81,6 @@ def test_parts_must_agree() -> None:
     both, one = numbered(2), numbered(2, parts=("context",))
     with pytest.raises(ValueError, match=r"^spatial: found in some"):
         Conditions.cat([both, one])
-    with pytest.raises(ValueError, match=r"^spatial: found in one of the two"):
-        both.where(torch.tensor([True, True]), one)
     with pytest.raises(ValueError, match=r"batch sizes \[2, 3\]"):
         Conditions(context=torch.zeros(2, 5, 3), class_embedding=torch.zeros(3, 6))
 

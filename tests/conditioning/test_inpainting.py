@@ -17,7 +17,6 @@ from conditioning.inpainting import (
     InpaintingConfig,
     MaskKind,
     draw_mask,
-    full_masks,
     mask_to_latents,
     masked_image,
 )
@@ -141,7 +140,6 @@ def test_the_share_of_full_masks(kind: MaskKind) -> None:
 def test_always_full() -> None:
     assert draw_mask(InpaintingConfig(full_mask=1), 9, 30, seeded(0)).equal(full_mask(9, 30))
     assert full_mask(9, 30).equal(torch.ones(1, 9, 30))
-    assert full_masks(2, 9, 30).equal(torch.ones(2, 1, 9, 30))
 
 
 def test_boxes_keep_lamas_margin() -> None:
@@ -287,7 +285,7 @@ def test_whole_ratios_are_the_mean_of_blocks() -> None:
 def test_full_stays_full_and_one_pixel_counts(size: tuple[int, int], seed: int) -> None:
     height, width = size
     cells = (math.ceil(height / 8), math.ceil(width / 8))
-    assert torch.equal(mask_to_latents(full_masks(1, height, width), *cells), full_masks(1, *cells))
+    assert torch.equal(mask_to_latents(torch.ones(1, 1, height, width), *cells), torch.ones(1, 1, *cells))
     y, x = (int(torch.randint(side, (), generator=seeded(seed + i))) for i, side in enumerate(size))
     mask = torch.zeros(1, 1, height, width)
     mask[..., y, x] = 1
@@ -311,4 +309,4 @@ def test_the_hole_is_grey_and_the_rest_untouched() -> None:
     assert torch.equal(masked[~hole], images[~hole])
     assert torch.equal(masked, images * (masks < 0.5))  # as Stable Diffusion has it
     assert torch.equal(images, before)
-    assert not masked_image(images, full_masks(3, 20, 30)).any()
+    assert not masked_image(images, torch.ones(3, 1, 20, 30)).any()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from autoencoder.model import Autoencoder, AutoencoderConfig, build_autoencoder
 from conditioning.label import LabelEncoder
 from conditioning.semantic import SemanticEncoder
 from conditioning.text import TextConfig, build_text_encoder
+from ldm.cli.main import main
 from ldm.growing import SpatialLayout
+from ldm.interchange.opening import open_pipeline
 from ldm.noise import NoiseConfig
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import make_scheduler
@@ -100,3 +104,58 @@ def tiny_pipeline() -> LatentDiffusionPipeline:
 def conditioned_pipeline() -> LatentDiffusionPipeline:
     """The same with masks, maps and labels too. Shared: do not change it."""
     return build_pipeline(NoiseConfig(), inpainting=True, semantic=True, label=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_pipeline: LatentDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_pipeline` as it is saved."""
+    folder = tmp_path_factory.mktemp("models") / "shapes"
+    tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def conditioned_folder(conditioned_pipeline: LatentDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`conditioned_pipeline` as it is saved."""
+    folder = tmp_path_factory.mktemp("models") / "conditioned"
+    conditioned_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _opened() -> Callable[..., LatentDiffusionPipeline]:
+    cached = functools.cache(open_pipeline)
+
+    def opened(path: str | Path, **options: Any) -> LatentDiffusionPipeline:
+        hashable = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        return cached(str(path), **hashable)
+
+    return opened
+
+
+@pytest.fixture
+def models_open_once(_opened: Callable[..., LatentDiffusionPipeline], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of the whole session open each model once."""
+    monkeypatch.setattr("ldm.interchange.opening.open_pipeline", _opened)
+
+
+@pytest.fixture
+def drawing_command(
+    models_open_once: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """`ldm NAME --model MODEL WORDS`, from tmp_path to tmp_path/out; returns what stderr says.
+
+    A command that fails says one line (no bar, no traceback) and writes nothing.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, model: Path, *words: str, steps: int = 2, code: int = 0) -> str:
+        shared = ["--model", str(model), "--out", "out", "--dtype", "fp32", "--device", "cpu", "--steps", str(steps)]
+        assert main([name, *shared, *words]) == code
+        error = capsys.readouterr().err
+        if code:
+            assert error.startswith(f"ldm {name}: ") and error.count("\n") == 1
+            assert not (tmp_path / "out").exists()
+        return error
+
+    return call

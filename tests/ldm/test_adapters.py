@@ -27,10 +27,10 @@ from ldm.adapter_layers import (
     unmerge,
 )
 from ldm.adapters import LoraConfig, add_lora, attach_lora, lora_state
+from ldm.attention import attention_kernel, set_attention
 from ldm.errors import UserError
 from ldm.lora_files import Lora
 from ldm.training.learner import Learner, OptimiserConfig
-from ldm.unet import attention_kernel, set_attention
 
 STABLE_DIFFUSION: dict[str, Any] = {  # the config.json of 1.5 with fewer and narrower levels, one block each
     "sample_size": 8,

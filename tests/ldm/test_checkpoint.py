@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from ldm import files
 from ldm.errors import UserError
 from ldm.training import checkpoint
-from ldm.training.checkpoint import CheckpointFolder, checksum, load_checkpoint, write_atomically
+from ldm.training.checkpoint import CheckpointFolder, checksum, load_checkpoint
 
 
 def tensors(value: float = 1.0, count: int = 6) -> dict[str, dict[str, torch.Tensor]]:
@@ -66,7 +68,7 @@ def test_saving_a_step_again_leaves_the_first(tmp_path):
 def test_leftovers_of_a_killed_process_are_no_checkpoints_and_go_away(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.save(1, tensors(), {})
-    for name in (".partial-step-2", ".partial-step-3", ".removed-step-0", "step-x", "notes"):
+    for name in (".step-2.17.part", ".step-3.18.part", ".removed-step-0", "step-x", "notes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "net.safetensors").write_bytes(b"half")
     assert folder.steps() == [1]
@@ -75,7 +77,7 @@ def test_leftovers_of_a_killed_process_are_no_checkpoints_and_go_away(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-2", "step-x"]
 
 
-@pytest.mark.parametrize("moment", ["save_file", "sync"])
+@pytest.mark.parametrize("moment", [(checkpoint, "save_file"), (files, "sync_all"), (files, "sync")])
 def test_a_failure_while_writing_leaves_the_one_before(tmp_path, monkeypatch, moment):
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.save(1, tensors(), {})
@@ -83,7 +85,7 @@ def test_a_failure_while_writing_leaves_the_one_before(tmp_path, monkeypatch, mo
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, moment, fail)
+    monkeypatch.setattr(*moment, fail)
     with pytest.raises(KeyboardInterrupt):
         folder.save(2, tensors(), {})
     assert folder.latest().step == 1
@@ -109,7 +111,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_the_one_before(tmp_path):
     assert folder.latest().step == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "no state", "no json", "no step"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "one bit", "no state", "no json", "no manifest", "no step"])
 def test_a_damaged_checkpoint_is_a_user_error_that_names_it(tmp_path, damage):
     place = CheckpointFolder(tmp_path, keep=1).save(3, tensors(), {})
     weights, state = place / "net.safetensors", place / "state.json"
@@ -117,8 +119,14 @@ def test_a_damaged_checkpoint_is_a_user_error_that_names_it(tmp_path, damage):
         weights.write_bytes(weights.read_bytes()[:-5])
     elif damage == "garbage":
         weights.write_bytes(b"garbage")
+    elif damage == "one bit":
+        content = bytearray(weights.read_bytes())
+        content[-3] ^= 4
+        weights.write_bytes(content)
     elif damage == "no state":
         state.unlink()
+    elif damage == "no manifest":
+        (place / "manifest.json").unlink()
     else:
         state.write_text("{" if damage == "no json" else "{}", encoding="utf-8")
     with pytest.raises(UserError, match=r"checkpoint .*step-3: ") as caught:
@@ -140,20 +148,14 @@ def test_checksum_tells_values_names_and_files_apart_but_not_order_or_strides():
     assert len({checksum(first), *map(checksum, others)}) == 4
 
 
-def test_write_atomically_replaces_the_whole_file(tmp_path):
-    path = tmp_path / "a.json"
-    write_atomically(path, "long old text")
-    write_atomically(path, "neu ä")
-    assert path.read_text(encoding="utf-8") == "neu ä"
-    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_write_atomically_keeps_the_old_file_when_the_disk_is_full(tmp_path):
-    path = tmp_path / "a.json"
-    write_atomically(path, "old")
-    with files_limited_to(10), pytest.raises(UserError, match=r"a\.json: cannot be written"):
-        write_atomically(path, "x" * 100_000)
-    assert path.read_text(encoding="utf-8") == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
-    with pytest.raises(UserError, match="cannot be written"):
-        write_atomically(tmp_path / "none" / "a.json", "x")
+@pytest.mark.parametrize(("others", "advice"), [([1], "to go on from step 1"), ([], "to start anew")])
+def test_the_one_before_a_damaged_checkpoint_is_offered(tmp_path, others, advice):
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for step in [*others, 2]:
+        folder.save(step, tensors(step), {})
+    weights = tmp_path / "step-2" / "net.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=f"step-2: net.safetensors is damaged.*; remove the folder .*step-2 {advice}"):
+        folder.latest()
+    shutil.rmtree(tmp_path / "step-2")
+    assert (folder.latest() is None) == (not others)

@@ -53,6 +53,24 @@ def test_some_unusable(images: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(report["warnings"]["no caption"]) == 5
 
 
+def test_images_of_each_bucket(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (150, 80)).save(images / "wide.png")
+    (images / "bad.jpg").write_bytes(b"")
+    words = ["--buckets", "--resolution", 64, "--step", 8, "--json", tmp_path / "report.json"]
+    assert call("check", images, *words) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bucket ")]
+    assert lines == [
+        "bucket 48x80: 0 images",
+        "bucket 56x72: 5 images",
+        "bucket 64x64: 0 images",
+        "bucket 72x56: 0 images",
+        "bucket 80x48: 1 images",
+    ]
+    assert json.loads((tmp_path / "report.json").read_text())["buckets"]["56x72"] == 5
+    with pytest.raises(UserError, match=r"^ldm data check --buckets: resolution: found 100 with buckets of step 64"):
+        call("check", images, "--buckets", "--resolution", 100)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names of any bytes")
 def test_names_that_are_no_text_are_shown_escaped(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import os

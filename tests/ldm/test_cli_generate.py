@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,28 +30,14 @@ def assert_same(found: Image.Image, expected: Image.Image) -> None:
     assert np.abs(np.asarray(found).astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 
-@pytest.fixture(scope="session")
-def model(tiny_pipeline: LatentDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("generate") / "shapes"
-    tiny_pipeline.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def opened() -> Callable[..., LatentDiffusionPipeline]:
-    """`from_pretrained`, which opens each folder once."""
-    return functools.cache(LatentDiffusionPipeline.from_pretrained)
+@pytest.fixture
+def model(tiny_folder: Path) -> Path:
+    return tiny_folder
 
 
 @pytest.fixture
-def generate(
-    model: Path,
-    opened: Callable[..., LatentDiffusionPipeline],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Generate:
+def generate(model: Path, tmp_path: Path, models_open_once: None) -> Generate:
     """`ldm generate` on the tiny model, writing to tmp_path/out."""
-    monkeypatch.setattr(LatentDiffusionPipeline, "from_pretrained", opened)
 
     def call(*words: str, out: Path = tmp_path / "out") -> None:
         parser = argparse.ArgumentParser()

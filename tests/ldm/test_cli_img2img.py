@@ -1,57 +1,25 @@
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.cli.main import main
 from ldm.picture import read_parameters
 from ldm.pipeline import LatentDiffusionPipeline
 
 Command = Callable[..., str]
 
 
-@pytest.fixture(scope="session")
-def model(tiny_pipeline: LatentDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("img2img") / "shapes"
-    tiny_pipeline.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def opened() -> Callable[..., LatentDiffusionPipeline]:
-    """`from_pretrained`, which opens each folder once."""
-    return functools.cache(LatentDiffusionPipeline.from_pretrained)
-
-
 @pytest.fixture
-def command(
-    model: Path,
-    opened: Callable[..., LatentDiffusionPipeline],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Command:
-    """`ldm img2img` on the tiny model, from tmp_path to tmp_path/out; returns what stderr says."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(LatentDiffusionPipeline, "from_pretrained", opened)
-
-    def call(*words: str, code: int = 0) -> str:
-        shared = ["--model", str(model), "--out", "out", "--dtype", "fp32", "--device", "cpu", "--steps", "5"]
-        assert main(["img2img", *shared, *words]) == code
-        error = capsys.readouterr().err
-        if code:
-            assert error.startswith("ldm img2img: ") and error.count("\n") == 1
-            assert not (tmp_path / "out").exists()
-        return error
-
-    return call
+def command(drawing_command: Command, tiny_folder: Path) -> Command:
+    """`ldm img2img` on the tiny model."""
+    return partial(drawing_command, "img2img", tiny_folder, steps=5)
 
 
 def save_picture(path: Path, size: tuple[int, int] = (37, 24)) -> Image.Image:
@@ -121,9 +89,9 @@ def test_bad_input_is_one_line(command: Command, tmp_path: Path, words: tuple[st
     assert message in command("--image", "x.png", *words, code=2)
 
 
-def test_the_installed_command(model: Path, tmp_path: Path) -> None:
+def test_the_installed_command(tiny_folder: Path, tmp_path: Path) -> None:
     save_picture(tmp_path / "x.png")
-    command = [sys.executable, "-m", "ldm.cli.main", "img2img", "--model", str(model), "--image", "x.png"]
+    command = [sys.executable, "-m", "ldm.cli.main", "img2img", "--model", str(tiny_folder), "--image", "x.png"]
     done = subprocess.run(
         [*command, "--steps", "2", "--seed", "1", "--dtype", "fp32", "--device", "cpu", "--out", "out"],
         capture_output=True, text=True, check=False, cwd=tmp_path,

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,56 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.cli.interpolate import nearest_size
-from ldm.cli.main import main
 from ldm.data.images import to_tensor
 from ldm.noise import NoiseConfig
 from ldm.picture import EXIF_DETAILS, EXIF_USER_COMMENT, read_parameters
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.pipeline_request import nearest_side
 
 Command = Callable[..., str]
 SEEDS = ("--seeds", "1", "2", "--prompt", "a dog")
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("interpolate")
-
-
-@pytest.fixture(scope="session")
-def model(tiny_pipeline: LatentDiffusionPipeline, folder: Path) -> Path:
-    tiny_pipeline.save_pretrained(folder / "shapes")
-    return folder / "shapes"
-
-
-@pytest.fixture(scope="session")
-def opened() -> Callable[..., LatentDiffusionPipeline]:
-    """`from_pretrained`, which opens each folder once."""
-    return functools.cache(LatentDiffusionPipeline.from_pretrained)
-
-
 @pytest.fixture
-def command(
-    model: Path,
-    opened: Callable[..., LatentDiffusionPipeline],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Command:
-    """`ldm interpolate` on the tiny model, from tmp_path to tmp_path/out; returns what stderr says."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(LatentDiffusionPipeline, "from_pretrained", opened)
-
-    def call(*words: str, code: int = 0) -> str:
-        shared = ["--model", str(model), "--out", "out", "--dtype", "fp32", "--device", "cpu", "--steps", "4"]
-        assert main(["interpolate", *shared, *words]) == code
-        error = capsys.readouterr().err
-        if code:
-            assert error.startswith("ldm interpolate: ") and error.count("\n") == 1
-            assert not (tmp_path / "out").exists()
-        return error
-
-    return call
+def command(drawing_command: Command, tiny_folder: Path) -> Command:
+    """`ldm interpolate` on the tiny model."""
+    return partial(drawing_command, "interpolate", tiny_folder, steps=4)
 
 
 def pixels(image: Path | Image.Image) -> np.ndarray:
@@ -176,7 +140,7 @@ def test_strip_folder_webp_and_gif_hold_the_same_frames(command: Command, tmp_pa
 
 
 def test_the_nearest_size() -> None:
-    assert nearest_size(Image.new("RGB", (37, 3)), 8) == (8, 40)
+    assert (nearest_side(3, 8), nearest_side(37, 8)) == (8, 40)
 
 
 @pytest.mark.parametrize(
@@ -206,10 +170,10 @@ def test_bad_input_is_one_line(command: Command, tmp_path: Path, words: tuple[st
     assert message in command(*words, code=2)
 
 
-def test_the_installed_command(model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ldm.cli.main", "interpolate", "--model", str(model), *SEEDS, "--frames", "2"]
+def test_the_installed_command(tiny_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ldm.cli.main", "interpolate", "--model", str(tiny_folder), *SEEDS]
     done = subprocess.run(
-        [*command, "--steps", "2", "--dtype", "fp32", "--device", "cpu", "--out", "out"],
+        [*command, "--frames", "2", "--steps", "2", "--dtype", "fp32", "--device", "cpu", "--out", "out"],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

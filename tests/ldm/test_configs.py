@@ -16,7 +16,7 @@ from conditioning.text import TextConfig
 from ldm.config import dump, load
 from ldm.growing import grow
 from ldm.training.stage1 import Stage1Config
-from ldm.training.stage2 import Stage2Config
+from ldm.training.stage2_config import Stage2Config
 from ldm.unet import build_unet, denoise
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,6 +24,7 @@ FILES = sorted(CONFIGS.rglob("*.y*ml"))
 VAES = [path for path in FILES if path.name.startswith("vae")]
 LDMS = [path for path in FILES if path.name.startswith("ldm")]
 FINETUNING = [path for path in FILES if path.parent.name == "finetune"]
+DECODERS = [path for path in FINETUNING if path.stem == "decoder"]  # the one way that is stage 1
 FULL_VAES = [path for path in VAES if path.parent.name == "full"]
 FULL_LDMS = [path for path in LDMS if path.parent.name == "full"]
 PARAMETERS = {"vae-kl-f8-256": 83_653_863, "ldm-sd15-256": 859_520_964, "ldm-sd15-512": 859_520_964}
@@ -37,7 +38,7 @@ def name_of(path: Path) -> str:
 
 @cache
 def config_of(path: Path) -> Stage1Config | Stage2Config:
-    return load(Stage1Config if path in VAES else Stage2Config, path)
+    return load(Stage1Config if path in VAES + DECODERS else Stage2Config, path)
 
 
 def count(module: torch.nn.Module) -> int:
@@ -82,10 +83,33 @@ def test_there_are_configs_of_both_stages_and_no_others():
 @pytest.mark.parametrize("path", FINETUNING, ids=name_of)
 def test_finetuning_is_a_dozen_lines_and_is_started_as_its_first_line_says(path):
     first, *lines = path.read_text(encoding="utf-8").splitlines()
-    assert f"python train_ldm.py configs/finetune/{path.name} model=PATH data.root=DIR" in first
+    command = first.split(": ", 1)[1]
+    script, model = ("train_vae", "autoencoder.pretrained") if path in DECODERS else ("train_ldm", "model")
+    value = "PATH/vae" if path in DECODERS else "PATH"
+    assert command == f"python {script}.py configs/finetune/{path.name} {model}={value} data.root=DIR"
     assert len(lines) <= 13
-    config = load(Stage2Config, path, ["model=PATH", "data.root=DIR"])
-    assert (config.model, config.data.root) == ("PATH", "DIR")
+    config = load(type(config_of(path)), path, command.split()[3:])
+    assert (config.autoencoder.pretrained if path in DECODERS else config.model, config.data.root) == (value, "DIR")
+    assert config.training.validate_first  # to compare with
+
+
+def test_there_is_a_config_for_every_way_of_finetuning():
+    configs = {path.stem: config_of(path) for path in FINETUNING}
+    trained = {
+        name: {part for part in ("lora", "prior", "textual_inversion") if getattr(config, part, None) is not None}
+        for name, config in configs.items()
+    }
+    assert trained == {
+        "conditions": {"lora"},
+        "decoder": set(),
+        "dreambooth": {"prior"},
+        "full": set(),
+        "lora": {"lora"},
+        "textual_inversion": {"textual_inversion"},
+    }
+    assert configs["decoder"].train == "decoder"
+    prior = configs["dreambooth"].prior
+    assert (prior.count, prior.weight) == (200, 1.0)  # the paper's, and what diffusers' script is run with
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

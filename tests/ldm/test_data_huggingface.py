@@ -89,6 +89,7 @@ def test_every_local_form_gives_the_same_samples(form: str, tmp_path: Path) -> N
         assert sample.extra == {"artist": "abcd"[index]}
         assert sample.image is not None
         assert (sample.image.size, sample.image.getpixel((0, 0))) == ((6, 4), colour(index))
+        assert source.size(index) == (6, 4)
         assert (sample.semantic, sample.mask, sample.label) == (None, None, None)
     assert source.classes == ()
     again = open_source(DataConfig(source="huggingface", root=root))
@@ -172,6 +173,7 @@ def test_exif_and_alpha_follow_our_rules(tmp_path: Path) -> None:
     image = source.read(0).image
     assert image is not None
     assert (image.size, image.getpixel((0, 0))) == ((4, 6), (255, 255, 255))
+    assert source.size(0) == (4, 6)
 
 
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:

@@ -208,10 +208,23 @@ def test_damaged_files_are_read_or_refused(kind: str, data: st.DataObject) -> No
         assert error.reason
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_header_tells_the_size_that_the_image_will_have(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    file = encoded(Image.new("RGB", (7, 4)), kind, exif=exif)
+    assert read_header(file) == open_image(file).size
+    if kind not in ("BMP", "GIF"):  # these hold no EXIF
+        assert read_header(file) == ((4, 7) if orientation > 4 else (7, 4))
+
+
 def test_header_alone_does_not_decode(tmp_path: Path) -> None:
     path = tmp_path / "cut.jpg"
     path.write_bytes(noise("JPEG")[:900])
     assert read_header(path) == (64, 64)
+    png = noise("PNG")
+    assert read_header(png[: len(png) // 2]) == (64, 64)
     (tmp_path / "empty.jpg").touch()
     with pytest.raises(BadSample, match="the file is empty"):
         read_header(tmp_path / "empty.jpg")

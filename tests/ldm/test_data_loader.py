@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.data.loader import TrainingBatches
-from ldm.data.order import sample_at
+from ldm.data.order import SquareOrder
 from ldm.data.sample import BadSample, Batch, Sample
 from ldm.data.sources import DataConfig
 from ldm.errors import UserError
 
 CONFIG = DataConfig(resolution=8, crop="random", flip=True)
+ORDER = SquareOrder(23, 12, 3, 8)
+"""That of `batches` unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ SOURCE = Numbers(bad=frozenset({2, 7, 11}), semantic=frozenset(range(23)), label
 def test_one_batch_is_what_it_should_be() -> None:
     source = replace(SOURCE, bad=frozenset())
     for step, batch in enumerate(batches(source)):
-        expected = [sample_at(step, position, 12, 23, 3)[1] for position in range(12)]
+        expected = [ORDER.sample_at(step, position)[1] for position in range(12)]
         assert batch.positions == tuple(range(12))
         assert batch.keys == tuple(f"key {index}" for index in expected)
         assert [int(caption.split()[0]) for caption in batch.captions] == expected
@@ -170,7 +172,7 @@ def test_bad_samples_are_replaced_and_reported() -> None:
         batch.keys[position]
         for step, batch in enumerate(found)
         for position in range(12)
-        if sample_at(step, position, 12, 23, 3)[1] in SOURCE.bad
+        if ORDER.sample_at(step, position)[1] in SOURCE.bad
     }
     assert len(stand_ins) > 8  # not always the same one
 
@@ -179,7 +181,7 @@ def test_bad_samples_leave_the_others_as_they_were() -> None:
     clean = replace(SOURCE, bad=frozenset())
     for step, (one, other) in enumerate(zip(batches(SOURCE), batches(clean), strict=True)):
         for position in range(12):
-            if sample_at(step, position, 12, 23, 3)[1] not in SOURCE.bad:
+            if ORDER.sample_at(step, position)[1] not in SOURCE.bad:
                 assert one.keys[position] == other.keys[position]
                 assert one.images is not None and other.images is not None
                 assert torch.equal(one.images[position], other.images[position])

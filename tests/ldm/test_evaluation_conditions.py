@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conditioning.conditions import CONDITIONS
 from ldm.data.scene_rendering import (
     PALETTE,
     RELATIONS,
@@ -31,7 +32,6 @@ from ldm.evaluation.maps import recover_map
 from ldm.evaluation.scene_edits import on_another_background, rearranged, recoloured, with_another_object
 from ldm.evaluation.scene_holes import hole_over
 from ldm.evaluation.scenes import find_background
-from ldm.guidance import CONDITIONS
 
 ONE = ScenesConfig(
     objects=("circle", "square", "triangle", "cross", "ring"),

@@ -13,9 +13,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from conditioning.conditions import Conditions
+from ldm.attention import set_attention
 from ldm.errors import UserError
 from ldm.growing import SpatialLayout, grow
-from ldm.unet import UNetConfig, build_unet, class_embedding_width_of, denoise, set_attention, spatial_channels_of
+from ldm.unet import UNetConfig, build_unet, class_embedding_width_of, denoise, spatial_channels_of
 
 PLAIN = SpatialLayout(inpainting=False, semantic_channels=0)
 INPAINTING = SpatialLayout(inpainting=True, semantic_channels=0)

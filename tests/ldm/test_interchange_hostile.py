@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import io
+import json
 import random
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm.cli.main import main
 from ldm.errors import UserError
 from ldm.interchange.hints import Hints
 from ldm.interchange.single_file import read_single_file
 from ldm.interchange.single_file_writer import write_single_file
+from ldm.noise import NoiseConfig
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.pipeline_folder import Components
+from ldm.pipeline_folder import Components, read_components
 
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 HINTS = Hints(heads=(2, 2), norm_groups=8, vae_norm_groups=4, text_heads=2)
@@ -215,3 +220,214 @@ def test_a_pickle_cannot_grow(tensors: Tensors, tmp_path: Path) -> None:
     other = tmp_path / "other.ckpt"
     torch.save([1, 2], other)
     assert "among its 0 tensors" in refusal(other, allow_pickle=True)
+
+
+# Folders
+
+
+UNET, VAE, TEXT = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_pipeline: LatentDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("folder") / "model"
+    tiny_pipeline.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+def as_pickle(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+Damage = Callable[[Path], object]
+
+
+def weights(name: str, change: Callable[[bytes], bytes]) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / f"{name}.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def tensors_of(name: str, change: Callable[[Tensors], Tensors]) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / f"{name}.safetensors"
+        save_file(change({key: value.clone() for key, value in load_file(path).items()}), path)
+
+    return damage
+
+
+def setting(name: str, **changes: object) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def text_of(name: str, content: bytes) -> Damage:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / f"{UNET}.safetensors").rename(folder / f"{UNET}.bin")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+MODEL = b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["b", "c"]]}}'
+FOLDERS: dict[str, tuple[Damage, str]] = {
+    "truncated U-Net": (weights(UNET, lambda data: data[:-100]), "unet.*found no whole safetensors file"),
+    "truncated autoencoder": (weights(VAE, lambda data: data[:1000]), "vae.*found no whole safetensors file"),
+    "truncated text encoder": (weights(TEXT, lambda data: data[:-1]), "text_encoder.*found no whole safetensors file"),
+    "wrong header": (weights(UNET, lambda data: b"\xff" * 8 + data[8:]), "found no whole safetensors file"),
+    "pickle": (weights(UNET, lambda data: as_pickle({"conv_in.bias": torch.ones(1)})), "found no whole safetensors"),
+    "pickle alone": (only_a_pickle, "found diffusion_pytorch_model.bin, a pickle"),
+    "pointer": (weights(VAE, lambda data: LFS), "run git lfs pull"),
+    "mislabelled": (
+        lambda folder: shutil.copy(folder / f"{TEXT}.safetensors", folder / f"{UNET}.safetensors"),
+        r"unet: missing are \d+ weights \(conv_in.bias, conv_in.weight, ",
+    ),
+    "missing": (tensors_of(UNET, without("conv_in.bias")), r"missing are 1 weights \(conv_in.bias\)"),
+    "missing in the autoencoder": (tensors_of(VAE, without("quant_conv.bias")), "quant_conv.bias"),
+    "missing in the text encoder": (
+        tensors_of(TEXT, without("text_model.final_layer_norm.bias")),
+        "final_layer_norm.bias",
+    ),
+    "shape": (tensors_of(UNET, with_("conv_in.bias", torch.ones(17))), "conv_in.bias"),
+    "shape in the autoencoder": (tensors_of(VAE, with_("quant_conv.bias", torch.ones(3))), "quant_conv.bias"),
+    "shape in the text encoder": (
+        tensors_of(TEXT, with_("text_model.final_layer_norm.bias", torch.ones(3))),
+        "final_layer_norm.bias",
+    ),
+    "config": (text_of("unet/config.json", b"{"), "unet/config.json"),
+    "config of another kind": (text_of("vae/config.json", b"[]"), "found no table of settings"),
+    "endless blocks": (setting("unet/config.json", layers_per_block=10**9), "found layers_per_block 1000000000"),
+    "endless text": (setting("text_encoder/config.json", num_hidden_layers=10**9), "found num_hidden_layers"),
+    "endless noise": (setting("scheduler/scheduler_config.json", num_train_timesteps=10**12), "num_train_timesteps"),
+    "quantised": (setting("unet/config.json", quantization_config={"quant_method": "x"}), "quantization_config"),
+    "no groups": (setting("unet/config.json", norm_num_groups=0), "zero"),
+    "no scale": (setting("vae/config.json", scaling_factor=0), "found scaling_factor 0"),
+    "prediction": (setting("scheduler/scheduler_config.json", prediction_type=5), "found prediction_type 5"),
+    "tokenizer": (text_of("tokenizer/tokenizer.json", MODEL), "found a broken tokenizer"),
+    "no tokenizer": (text_of("tokenizer/tokenizer.json", b"{"), "model"),
+    "text of another width": (setting("text_encoder/config.json", hidden_size=32), "another shape"),
+    "index": (text_of("model_index.json", b"[]"), "model_index.json: found no table"),
+    "odd index": (setting("model_index.json", text_encoder=5), "model_index.json"),
+}
+
+
+@pytest.mark.parametrize(("damage", "expected"), FOLDERS.values(), ids=FOLDERS)
+def test_a_damaged_folder_is_named(
+    copy: Path, damage: Damage, expected: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage(copy)
+    with pytest.raises(UserError, match=expected) as error:
+        read_components(copy)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""  # the libraries' own reports have many lines
+
+
+def test_left_over_weights_are_named(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors_of(UNET, with_("strange.weight", torch.ones(2)))(copy)
+    tensors_of(TEXT, with_("text_model.strange.weight", torch.ones(2)))(copy)
+    tensors_of(TEXT, with_("text_model.embeddings.position_ids", torch.arange(16)[None]))(copy)  # as SD 1.5's
+    read_components(copy)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{copy / 'unet'}: not read are 1 weights (strange.weight), unexpected there",
+        f"{copy}: not read are 1 weights that no text model has, such as strange.weight",
+    ]
+
+
+def test_fuzzed_folders_are_read_or_refused(make_pipeline: Callable[..., LatentDiffusionPipeline], tmp_path: Path):
+    """Headers of weights, and configs; a model without text, whose tokenizer would take seconds each time."""
+    whole, generator, refused = tmp_path / "whole", random.Random(1), 0
+    make_pipeline(NoiseConfig(schedule="scaled_linear"), "ddim", text=False).save_pretrained(whole)
+    files = [path.relative_to(whole) for path in sorted(whole.rglob("*.*")) if path.is_file()]
+    assert len(files) == 6
+    for number in range(60):
+        name = files[number % len(files)]
+        content = bytearray((whole / name).read_bytes())
+        end = 8 + int.from_bytes(content[:8], "little") if name.suffix == ".safetensors" else len(content)
+        for _ in range(generator.choice((1, 2, 8))):
+            content[generator.randrange(end)] = generator.choice(b'0123456789"{}[]:,.aFI\x00\xff')
+        folder = Path(shutil.copytree(whole, tmp_path / "fuzzed"))
+        (folder / name).write_bytes(content)
+        try:
+            read_components(folder)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        shutil.rmtree(folder)
+    assert refused > 20
+
+
+# As a user meets them
+
+
+LORA_KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+GOOD_LORA = {f"{LORA_KEY}.lora_A.weight": torch.ones(2, 32), f"{LORA_KEY}.lora_B.weight": torch.ones(32, 2)}
+
+
+def hostile_model(kind: str, path: Path, folder: Path, to: Path) -> list[str]:
+    """Options of `ldm generate` that name something damaged."""
+    file = to / "model.safetensors"
+    if kind == "truncated file":
+        file.write_bytes(path.read_bytes()[:-10])
+    elif kind == "pickle in disguise":
+        file.write_bytes(as_pickle({CONV_IN: torch.ones(1)}))
+    elif kind == "pickle":
+        file = to / "model.ckpt"
+        file.write_bytes(as_pickle({CONV_IN: torch.ones(1)}))
+    elif kind == "wrong shapes":
+        save_file(load_file(path) | {NORM: torch.ones(17)}, file)
+    elif kind == "zip bomb":
+        file = to / "model.ckpt"
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", bytes(1 << 24))
+        return ["--model", str(file), "--allow-pickle"]
+    elif kind == "truncated folder":
+        file = Path(shutil.copytree(folder, to / "model"))
+        weights(UNET, lambda data: data[:-10])(file)
+    elif kind == "autoencoder alone":
+        save_file(only("first_stage_model.")(load_file(path)), file)
+    else:
+        lora = to / "lora.safetensors"
+        save_file(
+            GOOD_LORA if kind != "LoRA of another shape" else {k: v.T.contiguous() for k, v in GOOD_LORA.items()}, lora
+        )
+        if kind == "truncated LoRA":
+            lora.write_bytes(lora.read_bytes()[:-4])
+        elif kind == "pickled LoRA":
+            lora.write_bytes(as_pickle(GOOD_LORA))
+        return ["--model", str(folder), "--lora", str(lora)]
+    return ["--model", str(file)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("truncated file", "pickle in disguise", "pickle", "wrong shapes", "zip bomb", "autoencoder alone"),
+        *("truncated folder", "truncated LoRA", "pickled LoRA", "LoRA of another shape"),
+    ],
+)
+def test_generate_says_one_line_and_writes_nothing(
+    kind: str, path: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = hostile_model(kind, path, folder, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    capfd.readouterr()
+    assert main(["generate", *given, "--prompt", "a cat", "--steps", "1", "--out", str(tmp_path / "out")]) == 2
+    told = capfd.readouterr()
+    assert told.err.count("\n") == 1, told.err
+    assert told.err.startswith("ldm generate: ")
+    assert "Traceback" not in told.err
+    assert told.out == ""
+    assert sorted(tmp_path.iterdir()) == before

@@ -15,10 +15,17 @@ from PIL import Image
 
 from autoencoder.latents import encode
 from autoencoder.model import AutoencoderConfig, build_autoencoder
-from ldm.data.latent_cache import CacheConfig, LatentCache, Share, build_cache, cached_latents, expected_header
+from ldm.data.bucket_index import open_buckets
+from ldm.data.buckets import BucketsConfig
+from ldm.data.combined import CombinedSource, Part, distinct_index
+from ldm.data.latent_cache import CacheConfig, LatentCache, cached_latents
+from ldm.data.latent_encoding import build_cache
+from ldm.data.latent_rows import expected_header
+from ldm.data.loader import TrainingBatches
 from ldm.data.sample import BadSample, Sample
+from ldm.data.share import Share
 from ldm.data.sources import DataConfig
-from ldm.data.transforms import transform
+from ldm.data.transforms import Geometry, apply_geometry, size_for
 from ldm.errors import UserError
 
 CONFIG = DataConfig(source="folder", root="unused", resolution=16, flip=True)
@@ -71,7 +78,7 @@ def test_moments_are_those_of_the_autoencoder_to_fp16(tmp_path, kind):
     source, autoencoder = Pictures(), build(0, kind)
     cache = make(tmp_path, autoencoder, source)
     for index in range(len(source)):
-        image = transform(source.read(index), CONFIG, None).image
+        image = apply_geometry(source.read(index), (16, 16), Geometry()).image
         for flipped in (False, True):
             wanted = encode(autoencoder, (image.flip(-1) if flipped else image)[None])
             mean, logvar = cache.read(index, flipped)
@@ -204,6 +211,144 @@ def test_the_header_names_all_that_decides_the_moments(autoencoder):
     header = expected_header(Pictures(), CONFIG, autoencoder)
     assert header["transform"] == {"resolution": 16, "crop": "center"}
     assert header.keys() == {"format", "autoencoder", "data", "images", "transform", "flips"}
+
+
+# --- Buckets and repeats ---------------------------------------------------------------------------------------------
+
+BUCKETS = dataclasses.replace(CONFIG, resolution=24, buckets=BucketsConfig(step=8))
+SIZES = [(20, 30), (30, 20), (25, 25), (60, 20), (10, 11), (9, 90), (44, 22)]
+"""Of 16 x 32, 32 x 16 and 24 x 24: two tall ones, three wide ones, two squares."""
+
+
+class Shapes(Pictures):
+    """The pictures in sizes of their own."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        return SIZES[index]
+
+    def read(self, index: int, *, with_image: bool = True) -> Sample:
+        sample = super().read(index)
+        return dataclasses.replace(sample, image=sample.image.resize(SIZES[index]) if with_image else None)
+
+
+def assert_as_encoded(cache, source, autoencoder):
+    for index in range(len(source)):
+        sample = source.read(index)
+        image = apply_geometry(sample, size_for(sample, BUCKETS), Geometry()).image
+        for flipped in (False, True):
+            wanted = encode(autoencoder, (image.flip(-1) if flipped else image)[None])
+            mean, logvar = cache.read(index, flipped)
+            assert mean.shape == (3, image.shape[1] // 2, image.shape[2] // 2)
+            torch.testing.assert_close(mean, wanted.mean[0], rtol=2**-10, atol=1e-5)
+            torch.testing.assert_close(logvar, wanted.logvar[0], rtol=2**-10, atol=1e-5)
+
+
+def test_moments_of_every_shape_are_those_of_the_autoencoder(tmp_path, autoencoder):
+    source = Shapes()
+    cache = make(tmp_path, autoencoder, source, BUCKETS)
+    assert_as_encoded(cache, source, autoencoder)
+    header = json.loads((cache.folder / "header.json").read_text())
+    assert header["transform"]["buckets"] == [[16, 32, 2], [24, 24, 2], [32, 16, 3]]
+    sent = pickle.dumps(cache)
+    assert len(sent) < 2000
+    assert all(torch.equal(a, b) for a, b in zip(pickle.loads(sent).read(5, True), cache.read(5, True), strict=True))
+    before = list(source.reads)
+    assert_as_encoded(make(tmp_path, autoencoder, source, BUCKETS), Shapes(), autoencoder)
+    assert source.reads == before  # found, not built again
+
+
+def test_bad_images_in_buckets(tmp_path, autoencoder):
+    cache = make(tmp_path, autoencoder, Shapes(bad=(3,)), BUCKETS)
+    with pytest.raises(BadSample, match=r"3\.png: truncated"):
+        cache.read(3, False)
+    assert cache.read(6, False)[0].shape == (3, 8, 16)
+
+
+def test_a_bucket_without_one_good_image_is_told_before_training(tmp_path, autoencoder):
+    message = r"none of 2 images of the bucket 16x32 can be read \(first 0\.png: truncated\); mend or remove them"
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, autoencoder, Shapes(bad=(0, 5, 3)), BUCKETS)
+    assert [path.name for path in tmp_path.iterdir()] == ["latents-buckets"]
+
+
+def test_buckets_filled_by_several_processes(tmp_path, autoencoder):
+    source, one = Shapes(bad=(1,)), CacheConfig(batch_size=1, workers=0)
+    alone = cached_latents(tmp_path / "alone", source, BUCKETS, autoencoder, one, Share())
+    folder, waits = tmp_path / "together", []
+    buckets = open_buckets(tmp_path / "index", source, BUCKETS, 2, Share())
+
+    def rest() -> None:
+        waits.append(None)
+        if len(waits) == 2:
+            for rank in (1, 2):
+                build_cache(folder, source, BUCKETS, autoencoder, one, Share(rank, 3), buckets)
+
+    build_cache(folder, source, BUCKETS, autoencoder, one, Share(0, 3, rest), buckets)
+    for name in ("moments.f16", "offsets.i64", "header.json"):
+        assert (folder / name).read_bytes() == (alone.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(BUCKETS, buckets=None),
+        dataclasses.replace(BUCKETS, buckets=BucketsConfig(step=8, max_aspect=9.5)),
+    ],
+)
+def test_a_cache_of_other_shapes_is_refused_by_name(tmp_path, autoencoder, config):
+    make(tmp_path, autoencoder, Shapes(), BUCKETS)
+    with pytest.raises(UserError, match=r"made with transform = .*\[16, 32, 2\].*, this run has ") as caught:
+        make(tmp_path, autoencoder, Shapes(), config)
+    assert "\n" not in str(caught.value)
+
+
+def test_lost_offsets_are_told(tmp_path, autoencoder):
+    cache = make(tmp_path, autoencoder, Shapes(), BUCKETS)
+    (cache.folder / "offsets.i64").write_bytes(b"12345678")
+    with pytest.raises(UserError, match=r"found 8 bytes in offsets\.i64, expected 56"):
+        make(tmp_path, autoencoder, Shapes(), BUCKETS)
+
+
+def test_a_cache_from_before_there_were_buckets_is_read(tmp_path, autoencoder):
+    cache = make(tmp_path, autoencoder)
+    path = cache.folder / "header.json"
+    header = json.loads(path.read_text())
+    (header["shape"],) = header.pop("shapes")
+    path.write_text(json.dumps(header))
+    again = make(tmp_path, autoencoder)
+    assert torch.equal(again.read(6, True)[0], cache.read(6, True)[0])
+
+
+@pytest.mark.parametrize("config", [CONFIG, BUCKETS])
+def test_a_repeated_sample_is_encoded_once_and_kept_when_repeats_change(tmp_path, autoencoder, config):
+    source = Shapes()
+    combined = CombinedSource([Part(source, repeats=3), Part(Shapes(length=2, fingerprint="two"), weight=0.5)])
+    cache = make(tmp_path, autoencoder, combined, config)
+    assert sorted(source.reads) == list(range(7))
+    again = CombinedSource([Part(source, repeats=5), Part(Shapes(length=2, fingerprint="two"))])
+    assert make(tmp_path, autoencoder, again, config).folder == cache.folder
+    assert sorted(source.reads) == list(range(7))
+    alone = make(tmp_path / "alone", autoencoder, Shapes(), config)
+    for index in range(len(combined)):
+        expected = alone.read(index % 7 if index < 21 else index - 21, True)
+        found = cache.read(distinct_index(combined, index), True)
+        assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_loader_reads_the_moments_of_the_very_samples(tmp_path, autoencoder):
+    """Through repeats and buckets, with flips: what comes out of the cache is the image that would have been read."""
+    combined = CombinedSource([Part(Shapes(), repeats=2), Part(Shapes(length=3, fingerprint="three"), repeats=3)])
+    buckets = open_buckets(tmp_path / "index", combined, BUCKETS, 2, Share())
+    given_ = {"batch_size": 4, "seed": 2, "start_step": 0, "end_step": 8, "buckets": buckets}
+    reader = make(tmp_path, autoencoder, combined, BUCKETS)
+    cached = TrainingBatches(combined, BUCKETS, reader=reader, **given_)
+    shapes = set()
+    for one, other in zip(cached, TrainingBatches(combined, BUCKETS, **given_), strict=True):
+        assert (one.keys, one.captions, one.images) == (other.keys, other.captions, None)
+        wanted = encode(autoencoder, other.images)
+        torch.testing.assert_close(one.moments[0], wanted.mean, rtol=2**-10, atol=1e-5)
+        shapes.add(tuple(wanted.mean.shape))
+    assert shapes == {(4, 3, 16, 8), (4, 3, 12, 12), (4, 3, 8, 16)}
 
 
 @given(st.integers(1, 40), st.integers(0, 500))

@@ -63,7 +63,9 @@ def test_pixels_outside_the_mask_come_back_byte_for_byte(conditioned_pipeline, t
         feather=data.draw(st.integers(0, 5)),
         crop_padding=data.draw(st.none() | st.integers(0, 8)),
         fill=data.draw(st.sampled_from(["original", "blur", "grey", "noise"])),
+        blend=data.draw(st.booleans()),
     )
+    blends = options.blend or not trained_with_masks
     output_type = data.draw(st.sampled_from(["pil", "np", "pt"]))
     result = pipeline(
         data.draw(st.sampled_from(["", "a circle"])),
@@ -74,13 +76,24 @@ def test_pixels_outside_the_mask_come_back_byte_for_byte(conditioned_pipeline, t
         output_type=output_type,
         **FAST,
     )
-    assert result.inpainting == ("mask channels" if trained_with_masks else "latent blending")
+    ways = [way for way, taken in (("mask channels", trained_with_masks), ("latent blending", blends)) if taken]
+    assert result.inpainting == " and ".join(ways)
     found = result.images[0]
     if output_type == "pt":
         found = found.permute(1, 2, 0).numpy()
     pixels = np.asarray(found) if output_type == "pil" else (found * 255).round().astype(np.uint8)
     assert pixels.shape == (height, width, 3)
     assert np.array_equal(pixels[mask == 0], np.asarray(image)[mask == 0])
+
+
+@pytest.mark.parametrize("blend", [True, False])
+def test_latents_outside_the_mask_are_held_if_wished(conditioned_pipeline, blend):
+    options = {"mask_image": box_mask(), "output_type": "latent", "inpainting": InpaintingOptions(blend=blend)}
+    found = conditioned_pipeline("a circle", image=picture(), **options, **FAST).images
+    known = conditioned_pipeline.encode_images(to_tensor(picture())[None])
+    mask = to_tensor(box_mask().convert("RGB"))[None, :1] / 2 + 0.5  # [1, 1, H, W] in [0, 1]
+    outside = (mask_to_latents(mask, *known.shape[-2:]) == 0).expand_as(known)
+    assert outside.any() and torch.allclose(found[outside], known[outside], atol=1e-5) == blend
 
 
 def test_the_hole_is_drawn_anew_in_both_ways(conditioned_pipeline, tiny_pipeline):

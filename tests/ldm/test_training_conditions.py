@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conditioning.conditions import CONDITIONS
 from conditioning.encoders import CONDITION_PARTS, ConditionEncoders
 from conditioning.inpainting import InpaintingConfig
 from conditioning.label import LabelConfig
@@ -20,7 +21,6 @@ from ldm.data.loader import TrainingBatches, Wanted
 from ldm.data.sample import Batch, Sample
 from ldm.data.sources import DataConfig
 from ldm.errors import UserError
-from ldm.guidance import CONDITIONS
 from ldm.noise import NoiseConfig
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.pipeline_conditions import _nothing

@@ -15,12 +15,10 @@ from conditioning.conditions import Conditions
 from ldm.errors import UserError
 from ldm.unet import (
     UNetConfig,
-    attention_kernel,
     build_unet,
     class_embedding_width_of,
     context_width_of,
     denoise,
-    set_attention,
     spatial_channels_of,
     spatial_input,
 )
@@ -211,34 +209,6 @@ def test_a_missing_folder_is_one_line_and_never_a_download(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="which does not exist; allowed is an existing folder or a hub id"):
         tiny(UNetConfig(pretrained=name))
-
-
-@pytest.mark.parametrize("context", [None, 12])
-def test_the_kernels_agree_and_are_reported_as_set(context: int | None) -> None:
-    unet = tiny(context_width=context)
-    assert attention_kernel(unet) == "sdpa"
-    arguments = inputs(context=context)
-    with torch.no_grad():
-        fused = denoise(unet, *arguments)
-        set_attention(unet, "math")
-        assert attention_kernel(unet) == "math"
-        torch.testing.assert_close(denoise(unet, *arguments), fused, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("backend", "kernel"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("math", "math")])
-def test_the_config_sets_the_kernel(backend: str, kernel: str) -> None:
-    assert attention_kernel(tiny(dataclasses.replace(TINY, attention_backend=backend))) == kernel
-
-
-def test_a_network_without_attention_has_no_kernel() -> None:
-    unet = tiny(dataclasses.replace(TINY, attention=(False, False)), context_width=None)
-    assert attention_kernel(unet) == "none"
-
-
-def test_xformers_is_probed_and_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="xformers, which is not installed; allowed is auto, sdpa or math"):
-        tiny(dataclasses.replace(TINY, attention_backend="xformers"))
 
 
 @pytest.mark.parametrize("context", [None, 12])

@@ -1,0 +1,140 @@
+"""The report's part on copying: the verdict, and the samples nearest to training images beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from autoencoder.latents import decode, encode
+from autoencoder.model import Autoencoder
+from ldm.data.fixed_batches import fixed_images, spread_indices
+from ldm.evaluation.copying import CopyingCheck, CopyingReport
+from ldm.evaluation.features import FeatureExtractor
+from ldm.evaluation.measurement import Measurement, Setting
+from ldm.evaluation.page import Shown, gallery, note, paragraph
+from ldm.evaluation.page_text import Html, tag
+from ldm.evaluation.report import Section, figures_table
+from ldm.evaluation.report_data import ReportData, numbered_images, open_data, picture_at
+
+PLANTED = 100
+"""Training images that are altered and looked for."""
+HELD_OUT = 1000
+"""Held-out images at most."""
+SHOWN = 12
+"""Pairs on the page."""
+_BATCH = 64
+
+
+def copying_section(
+    extractor: FeatureExtractor,
+    samples: Iterable[Tensor],
+    sample: Callable[[int], Image.Image],
+    data: ReportData,
+    *,
+    autoencoder: Autoencoder,
+    most: int,
+    seed: int,
+) -> Section:
+    """Compare the samples with up to `most` training images. `sample` gives the picture of a number.
+
+    Raises `UserError` where there is nothing to compare with.
+    """
+    if data.training is None or not data.held_out:
+        return Section(
+            name="copying",
+            title="Copies of training images",
+            missing="found no training images apart from held-out ones; it needs a run, or a --data CONFIG, with both "
+            "data and validation_data",
+        )
+    through = through_autoencoder(autoencoder)
+    training = open_data(data.training)
+    chosen = spread_indices(len(training), most)
+    planted = [chosen[i] for i in spread_indices(len(chosen), PLANTED)]
+    check = CopyingCheck(
+        extractor,
+        samples=samples,
+        held_out=fixed_images(open_data(data.config), data.config, HELD_OUT, _BATCH),
+        planted=(images for _, images in numbered_images(training, data.training, planted, _BATCH)),
+        through=through,
+        seed=seed,
+    )
+    indices: list[int] = []
+    with tqdm(total=len(chosen), desc="comparing with training images", unit="image") as progress:
+        for numbers, images in numbered_images(training, data.training, chosen, _BATCH):
+            indices += numbers
+            check.add(images)
+            progress.update(len(numbers))
+    report = check.result()
+    config = data.training
+    return _section(
+        report, sample, lambda n: picture_at(training, config, indices[n]), len(training), config.resolution
+    )
+
+
+def through_autoencoder(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
+    """What is left of images [B, 3, H, W] in [-1, 1] when they are coded: no model can copy more of them."""
+    parameter = next(autoencoder.parameters())
+
+    def through(images: Tensor) -> Tensor:
+        mean = encode(autoencoder, images.to(parameter.device, parameter.dtype)).mean
+        return decode(autoencoder, mean).float().clamp(-1, 1).cpu()
+
+    return through
+
+
+def _section(
+    report: CopyingReport,
+    sample: Callable[[int], Image.Image],
+    training: Callable[[int], Image.Image],
+    available: int,
+    resolution: int,
+) -> Section:
+    setting = Setting(
+        n=report.n,
+        resolution=resolution,
+        extractor=report.extractor,
+        resize_filter=report.resize_filter,
+        reference="training images",
+        reference_n=report.training,
+    )
+    figure = Measurement("copied", "flagged as copies", "lower", report.flagged, setting)
+    shown = []
+    for pair in report.pairs[:SHOWN]:
+        beside = _beside(sample(pair.sample), training(pair.training))
+        words = f"sample {pair.sample} | training {pair.training}: {pair.pixel_distance:.1f}/255 apart"
+        shown.append(Shown(beside, words, "flagged" if pair.flagged else ""))
+    partly = ""
+    if report.training < available:
+        partly = f" Only {report.training:,} of {available:,} training images were compared (--training-images)."
+    kind = {True: "flag", False: "ok", None: "flag"}[report.copies]
+    content = [
+        tag("p", tag("span", report.verdict(), class_=kind)),
+        paragraph(f"Each sample (left) beside the training image nearest to it, the most suspicious first.{partly}"),
+        gallery(shown, cell=200, largest=512),
+        figures_table([figure]),
+        note(
+            "A picture is flagged if it lies nearer to a training image than 99 % of held-out images do, in pixels and "
+            "features together; so about 1 % of fresh pictures are flagged too. Training and held-out images are first "
+            "put through the autoencoder, since a model can copy no more of them than that."
+        ),
+    ]
+    values = {"copies": report.copies, "planted_found": report.planted, "nearer": report.nearer, "n": report.n}
+    counts = {"held_out": report.held_out, "training": report.training, "training_available": available}
+    return Section(
+        name="copying",
+        title="Copies of training images",
+        content=Html("".join(content)),
+        figures=(figure,),
+        values={**values, **counts},
+        verdict=report.verdict() + partly,
+    )
+
+
+def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    canvas = Image.new("RGB", (left.width + right.width, max(left.height, right.height)))
+    canvas.paste(left, (0, 0))
+    canvas.paste(right, (left.width, 0))
+    return canvas
