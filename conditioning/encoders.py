@@ -107,10 +107,9 @@ class ConditionEncoders(nn.Module):
         def chosen(name: str) -> Conditions:
             return full if name in names else nothing
 
-        spatial = None
-        if full.spatial is not None and nothing.spatial is not None:
-            maps_from = full.spatial.shape[1] - self.semantic_channels
-            masks, maps = chosen("inpainting").spatial, chosen("semantic").spatial
+        masks, maps, spatial = chosen("inpainting").spatial, chosen("semantic").spatial, None
+        if masks is not None and maps is not None:
+            maps_from = masks.shape[1] - self.semantic_channels
             spatial = torch.cat([masks[:, :maps_from], maps[:, maps_from:]], dim=1)  # [B, S, h, w]
         return Conditions(chosen("text").context, spatial, chosen("label").class_embedding)
 

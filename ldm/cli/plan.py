@@ -121,7 +121,7 @@ def as_lines(plan: Plan, changes: list[Change], path: Path) -> list[str]:
     lines += [f"  {name:<28}{size / GIB:8.2f}" for name, size in rows.items()]
     lines.append(f"  {'peak of a step':<28}{(machine.overhead + counted.step) / GIB:8.2f}   counted")
     if plan.measured is not None:
-        lines.append(f"  {'':<28}{plan.measured.peak / GIB:8.2f}   measured")
+        lines.append(f"  {'':<28}{(machine.overhead + plan.measured.peak) / GIB:8.2f}   measured")
     for name, phase in counted.phases.items():
         peak = machine.overhead + phase.peak
         lines.append(f"  {'peak of ' + name:<28}{peak / GIB:8.2f}   {_images(phase.at_once)} at once")
@@ -193,7 +193,7 @@ def as_values(plan: Plan, changes: list[Change]) -> dict[str, Any]:
             "average": counted.average,
             "activations": counted.activations,
             "step": machine.overhead + counted.step,
-            "step_measured": None if plan.measured is None else plan.measured.peak,
+            "step_measured": None if plan.measured is None else machine.overhead + plan.measured.peak,
             "phases": {name: machine.overhead + phase.peak for name, phase in counted.phases.items()},
             "needed": plan.peak,
             "checkpoint": counted.checkpoint,

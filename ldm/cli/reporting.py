@@ -70,6 +70,8 @@ def check_report(args: argparse.Namespace, *counts: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: found {value}; allowed is 1 or more")
+    for text in args.extractor:
+        parse_extractor(text)
     check_scheduler_name(args.scheduler)
     check_out_folder(args.out)
 

@@ -30,7 +30,7 @@ from ldm.randomness import normal_for_each, uniform_for_each
 Variance = Literal["small", "large", "fitted"]
 """v_t of the model's steps. small: the posterior's (1 - a_{t-1}) / (1 - a_t) beta_t. large: beta_t (both DDPM, 3.2).
 fitted: the best one for all latents (Analytic-DPM, arXiv 2201.06503), one number a stratum, taken from the measured
-latents themselves: the tightest bound, for a model that does not tell its variances."""
+latents themselves; where a stratum's timesteps want different ones, `large` may be tighter."""
 STRATA = 16
 
 

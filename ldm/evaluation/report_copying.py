@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -78,6 +79,7 @@ def through_autoencoder(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
     """What is left of images [B, 3, H, W] in [-1, 1] when they are coded: no model can copy more of them."""
     parameter = next(autoencoder.parameters())
 
+    @torch.no_grad()
     def through(images: Tensor) -> Tensor:
         mean = encode(autoencoder, images.to(parameter.device, parameter.dtype)).mean
         return decode(autoencoder, mean).float().clamp(-1, 1).cpu()

@@ -16,7 +16,6 @@ from ldm.data.sample import Source
 from ldm.errors import UserError, user_input
 from ldm.evaluation.autoencoder_report import AutoencoderReport, Lpips, WorstImage, measure_autoencoder
 from ldm.evaluation.features import FeatureExtractor
-from ldm.evaluation.measurement import Measurement
 from ldm.evaluation.page import Shown, gallery, missing, note, paragraph, plots, table
 from ldm.evaluation.page_charts import Bar, bar_chart
 from ldm.evaluation.page_text import EMPTY, Html
@@ -30,6 +29,10 @@ PAIRS = 12
 """Images on the page beside their reconstructions, besides the worst."""
 BATCH = 32
 OWN = "autoencoder latents"
+NO_RFID = (
+    "found no extractor but the autoencoder itself, which cannot see what it loses; put inception's or a CLIP model's "
+    "weights into any folder and name them: --extractor inception=FILE"
+)
 
 
 def reconstruction_section(
@@ -71,7 +74,8 @@ def reconstruction_content(report: AutoencoderReport, pairs: Sequence[Shown], wh
         gallery(worst, cell=200, largest=512),
         figures_table(report.measurements),
         missing("LPIPS", why_not) if why_not else EMPTY,
-        note(_rfid_note(report.measurements)),
+        EMPTY if any(figure.name == "rfid" for figure in report.measurements) else missing("rFID", NO_RFID),
+        note("PSNR and SSIM reward blur, LPIPS and rFID punish it; look at the pictures and the spectrum too."),
         plots(*_plots(report)),
         _latents_table(report),
         _codebook_note(report),
@@ -116,9 +120,8 @@ def reconstruction_verdict(report: AutoencoderReport, name: str) -> str:
 
 
 def rfid_extractor(extractors: Mapping[str, FeatureExtractor]) -> FeatureExtractor | None:
-    """What rFID is seen through: something other than the autoencoder itself, if there is anything."""
-    others = [one for one in extractors.values() if one.name != OWN]
-    return next(iter([*others, *extractors.values()]), None)
+    """What rFID is seen through: the first that is not the autoencoder itself, which cannot see what it loses."""
+    return next((one for one in extractors.values() if one.name != OWN), None)
 
 
 def open_lpips(autoencoder: Autoencoder, weights: str | None) -> tuple[Lpips | None, str]:
@@ -157,22 +160,14 @@ def _worst(image: WorstImage) -> Shown:
     return _beside(image.original * 2 - 1, image.reconstruction * 2 - 1, words)
 
 
-def _rfid_note(figures: Sequence[Measurement]) -> str:
-    own = any(figure.name == "rfid" and OWN in figure.setting.extractor for figure in figures)
-    return (
-        "rFID is seen through the autoencoder itself, which cannot see what it loses: give another extractor to "
-        "judge by it. PSNR and SSIM reward blur; look at the pictures and the spectrum too."
-        if own
-        else "PSNR and SSIM reward blur, LPIPS and rFID punish it; look at the pictures and the spectrum too."
-    )
-
-
 def _plots(report: AutoencoderReport) -> list[Html]:
     spectra, latents = report.spectra, report.latents
     middles = [(low + high) / 2 for low, high in spectra.limits]
     kept = Series(label="energy that survives", x=middles, y=spectra.survives, dots=True)
     error = Series(label="error", x=middles, y=spectra.error, dots=True)
-    seen = [power if power > 0 else math.nan for power in spectra.latents]  # few latents have no frequency in some bands
+    seen = [
+        power if power > 0 else math.nan for power in spectra.latents
+    ]  # few latents have no frequency in some bands
     energy = Series(label="", x=middles, y=seen, dots=True)
     bars = [Bar(f"channel {i}", value) for i, value in enumerate(latents.std)]
     return [

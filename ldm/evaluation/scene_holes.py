@@ -26,11 +26,14 @@ def hole_over(scene: Scene, resolution: int) -> Box:
     pixel of background stays before another object. The first pixel of growth may take that one too.
     """
     edges = [thing.pixels(resolution) for thing in scene.objects]
-    hole, *others = [(left, top, left + side, top + side) for left, top, side in edges]
+    boxes: list[Box] = [(left, top, left + side, top + side) for left, top, side in edges]
+    hole, others = boxes[0], boxes[1:]
     for turn in range(max(1, resolution // 8)):
         room = 0 if turn == 0 else 1
         for side, step in enumerate((-1, -1, 1, 1)):
-            grown = (*hole[:side], hole[side] + step, *hole[side + 1 :])
+            moved = [*hole]
+            moved[side] += step
+            grown: Box = (moved[0], moved[1], moved[2], moved[3])
             if 0 <= grown[side] <= resolution and not any(_meet(grown, other, room) for other in others):
                 hole = grown
     return hole

@@ -96,9 +96,8 @@ class Plan:
         """Bytes that a device needs: measured, or counted for what was not measured and is more."""
         if self.measured is None:
             return self.counted_peak
-        others = [phase.peak for phase in self.count.phases.values()]
-        step = self.measured.peak + (int(CUDA_CONTEXT) if self.machine.kind == "cuda" else 0)
-        return max([step, *(self.machine.overhead + peak for peak in others)]) + buckets_of(self.count, self.machine)
+        peaks = [self.measured.peak, *(phase.peak for phase in self.count.phases.values())]
+        return self.machine.overhead + max(peaks) + buckets_of(self.count, self.machine)
 
     @property
     def fits(self) -> bool:

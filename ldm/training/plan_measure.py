@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ldm.device import peak_memory, start_peak
+from ldm.device import peak_memory, process_memory, start_peak
 from ldm.training.learner import OptimiserConfig, build_optimiser
 from ldm.training.plan_steps import Bench, BenchMaker, Networks
 
@@ -20,7 +20,7 @@ MICRO_BATCHES = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one process: seconds of a micro-batch and of an update; bytes at most, of the whole process on a CPU."""
+    """Of one process: seconds of a micro-batch and of an update; bytes at most, less those that it had before."""
 
     micro_batch: float
     update: float
@@ -44,6 +44,7 @@ class Here:
 
 def measure(maker: BenchMaker[Networks], device: torch.device, low: torch.dtype | None) -> Measured:
     """Run a few micro-batches and two updates of the run that `maker` makes. Raises torch.OutOfMemoryError."""
+    before = process_memory() if device.type == "cpu" else 0
     with torch.device(device):
         bench = maker.bench(maker.networks(), Here(device, low))
         bench.micro_batch()
@@ -51,7 +52,7 @@ def measure(maker: BenchMaker[Networks], device: torch.device, low: torch.dtype 
         start_peak(device)
         micro_batch = _seconds(bench.micro_batch, device, MICRO_BATCHES)
         update = _seconds(lambda: _update(bench), device, 1)
-        return Measured(micro_batch, update, peak_memory(device))
+        return Measured(micro_batch, update, peak_memory(device) - before)
 
 
 def measured_flops(device: torch.device, low: torch.dtype | None) -> float:

@@ -86,7 +86,8 @@ def test_two_autoencoders_side_by_side(compare: Callable[..., str], runs: list[P
     assert metrics["labels"] == ["first/pipeline/vae", "second/pipeline/vae"]
     psnr = next(row for row in metrics["comparison"]["figures"] if row["figure"] == "psnr")
     values = [one["value"] for one in psnr["values"].values()]
-    assert values[0] == values[1] and psnr["apart"] == []  # both fixtures have the same autoencoder
+    assert values[0] == pytest.approx(values[1], abs=0.5)  # they differ in the scale of one layer
+    assert psnr["apart"] == []
     assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8").count('<figure class="shown"') == 3 * 16
 
 

@@ -101,8 +101,10 @@ class Oracle:
         outside = {self.config.object_names[number - 1] for number in classes if number}
         thing = next((thing for thing in scene.objects if thing.name not in outside), scene.objects[0])
         colours = [colour for colour in (thing.colour, *self.config.colour_names) if colour != ground]
-        side = right - left - 2
-        at = left + 1, top + 1, left + 1 + side, top + 1 + side
+        side = int(sum(self.config.size_ranges()[thing.size]) / 2 * self.resolution)
+        side = min(right - left - 2, bottom - top - 2, side)
+        x, y = left + (right - left - side) // 2, top + (bottom - top - side) // 2
+        at = x, y, x + side, y + side
         picture.paste(PALETTE[colours[0]], at, shape_mask(thing.name, side))
         return picture
 

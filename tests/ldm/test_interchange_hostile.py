@@ -228,11 +228,9 @@ def test_a_pickle_cannot_grow(tensors: Tensors, tmp_path: Path) -> None:
 UNET, VAE, TEXT = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_pipeline: LatentDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("folder") / "model"
-    tiny_pipeline.save_pretrained(path)
-    return path
+@pytest.fixture
+def folder(tiny_folder: Path) -> Path:
+    return tiny_folder
 
 
 @pytest.fixture

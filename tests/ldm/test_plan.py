@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from conditioning.conditions import Conditions
 from ldm.cli.main import main
-from ldm.cli.plan import load_either
+from ldm.cli.plan import as_lines, load_either
 from ldm.config import build, dump, load
 from ldm.data.sources import open_source
 from ldm.errors import UserError
-from ldm.training.plan import Machine, make_plan
+from ldm.training.plan import Machine, Plan, make_plan
 from ldm.training.plan_advice import advise
 from ldm.training.plan_count import Count, count
 from ldm.training.plan_ledger import Ledger, WithoutData, _Calls
@@ -48,11 +48,7 @@ LDM: dict[str, Any] = {
     "out": "run",
     "autoencoder": "nowhere/autoencoder",
     "data": SCENES,
-    "conditions": {
-        "text": {"encoder": "trained", "width": 16, "layers": 1, "heads": 2, "length": 8},
-        "semantic": {"channels": 3},
-        "inpainting": {},
-    },
+    "conditions": {"text": {"encoder": "none"}},
     "unet": {
         "channels": [16, 32],
         "layers_per_block": 1,
@@ -63,6 +59,11 @@ LDM: dict[str, Any] = {
     "training": {"steps": 10, "batch_size": 8},
     "preview": {"count": 2, "loss_images": 4},
     "runtime": {"precision": "fp32"},
+}
+CONDITIONS = {
+    "text": {"encoder": "trained", "width": 16, "layers": 1, "heads": 2, "length": 8},
+    "semantic": {"channels": 3},
+    "inpainting": {},
 }
 MACHINE = Machine(kind="cpu", here=True, devices=1, memory=2**30, low=None, overhead=0)
 
@@ -84,6 +85,11 @@ def maker(config: Any) -> Any:
 
 def counted(config: Any, low: torch.dtype | None = None) -> Count:
     return count(maker(config), low, config.training.accumulation, 24)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Count:
+    return counted(stage2())
 
 
 # --- The ledger ------------------------------------------------------------------------------------------------------
@@ -185,11 +191,11 @@ def test_mixed_precision_is_that_of_cuda(text: bool) -> None:
     "config",
     [
         stage1(),
-        stage2(),
+        stage2(conditions=CONDITIONS),
         stage2(unet=LDM["unet"] | {"gradient_checkpointing": True}, cache={"enabled": False}),
         stage2(unet=LDM["unet"] | {"attention_backend": "math"}, ema_decay=0.0),
     ],
-    ids=["stage1", "stage2", "checkpointing", "math"],
+    ids=["stage1", "conditions", "checkpointing", "math"],
 )
 def test_the_count_is_what_torch_allocates(config: Any) -> None:
     """The same step with real tensors, every storage of which is counted."""
@@ -214,8 +220,8 @@ def test_the_count_is_what_torch_allocates(config: Any) -> None:
         assert ledger.peak == pytest.approx(expected.step, rel=0.05)
 
 
-def test_the_parts_of_the_memory_by_hand() -> None:
-    found = counted(stage2())
+def test_the_parts_of_the_memory_by_hand(plain: Count) -> None:
+    found = plain
     trained = sum(trained for _, trained in found.parameters.values())
     everything = sum(every for every, _ in found.parameters.values())
     assert found.parameters["autoencoder"][1] == 0
@@ -234,14 +240,13 @@ def test_the_state_of_8_bit_adam_by_hand() -> None:
     found = counted(stage2(optimiser={"kind": "adamw8bit"}))
     with torch.device("meta"):
         networks = maker(stage2()).networks()
-    sizes = [p.numel() for part in (networks.unet, networks.encoders) for p in part.parameters()]
+    sizes = [parameter.numel() for parameter in networks.unet.parameters()]
     small, large = [s for s in sizes if s < 4096], [s for s in sizes if s >= 4096]
     assert small and large
     assert found.optimiser == 8 * sum(small) + 2 * sum(large) + 8 * sum(-(-s // 256) for s in large)
 
 
-def test_what_saves_memory_saves_it() -> None:
-    plain = counted(stage2())
+def test_what_saves_memory_saves_it(plain: Count) -> None:
     smaller = counted(stage2(training={"steps": 10, "batch_size": 8, "accumulation": 4}))
     again = counted(stage2(unet=LDM["unet"] | {"gradient_checkpointing": True}))
     low = counted(stage2(), torch.bfloat16)
@@ -299,7 +304,7 @@ def test_times_and_what_is_needed_follow_from_the_count() -> None:
     assert seconds["steps"] == pytest.approx(100 * plan.step_seconds)
     cache, previews = plan.count.phases["latent cache"], plan.count.phases["previews: U-Net"]
     assert seconds["latent cache"] == pytest.approx(24 / 32 * cache.flops / 1e9 / 4)  # shared out
-    assert previews.calls == 2 * 3 * 25  # two previews of three rows (prompt, map, mask), 25 steps each
+    assert previews.calls == 2 * 25  # two previews of 25 steps each
     assert plan.peak == 1000 + plan.count.worst[1] + plan.count.gradients  # and DDP's buckets
     with pytest.raises(UserError, match="found 16 for 3 devices x accumulation 2; allowed is a multiple of 6; set 18"):
         make_plan(config, Machine(kind="cpu", here=True, devices=3, memory=1, low=None, overhead=0))
@@ -311,14 +316,13 @@ def written(tmp_path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.3])
-def test_advice_that_is_followed_makes_it_fit(share: float, tmp_path: Path, lora_config: Stage2Config) -> None:
+def test_advice_that_is_followed_makes_it_fit(tmp_path: Path, lora_config: Stage2Config) -> None:
     values = {**json.loads(json.dumps(LDM)), "model": lora_config.model, "autoencoder": None, "unet": {}}
     values |= {"conditions": {"text": {"encoder": "model"}}, "data": SCENES | {"resolution": 32}}
     path = written(tmp_path, values)
     config = load(Stage2Config, path)
     needed = make_plan(config, MACHINE, flops=1e9).peak
-    machine = Machine(kind="cpu", here=True, devices=1, memory=int(share * needed), low=None, overhead=0)
+    machine = Machine(kind="cpu", here=True, devices=1, memory=int(0.5 * needed), low=None, overhead=0)
     changes = advise(make_plan(config, machine, flops=1e9))
     assert changes
     assert [change.fits for change in changes] == [False] * (len(changes) - 1) + [True]
@@ -327,14 +331,19 @@ def test_advice_that_is_followed_makes_it_fit(share: float, tmp_path: Path, lora
     plan = make_plan(followed, machine, flops=1e9)
     assert plan.fits
     assert plan.peak == changes[-1].peak
-    if share == 0.9:
-        assert [change.override.split("=")[0] for change in changes] == ["training.accumulation"]
+    assert changes[0].override.startswith("training.accumulation=")  # what costs nothing comes first
 
 
-def test_advice_that_is_not_enough_says_so() -> None:
-    machine = Machine(kind="cpu", here=True, devices=1, memory=1000, low=None, overhead=0)
-    plan = make_plan(stage1(), machine, flops=1e9)
-    assert not any(change.fits for change in advise(plan))
+def test_changes_that_save_nothing_are_not_told(plain: Count, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(kind="cuda", here=False, devices=1, memory=1000, low=None, overhead=0)
+    monkeypatch.setattr("ldm.training.plan_advice.recount", lambda *_: plain)
+    plan = Plan(stage2(), machine, micro_batch=8, count=plain, measured=None, flops=None, images=24)
+    assert not plan.fits
+    assert advise(plan) == []
+    assert as_lines(plan, [], Path("x"))[-1] == "  this is not enough: a larger machine, or a smaller network"
+    assert "time: nothing is known of that machine's speed; --tflops X says what a device reaches" in as_lines(
+        plan, [], Path("x")
+    )
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -342,7 +351,8 @@ def test_advice_that_is_not_enough_says_so() -> None:
 
 def test_the_stage_is_told_by_the_keys(tmp_path: Path) -> None:
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
-        expected = Stage1Config if path.name.startswith("vae") else Stage2Config
+        first = path.name.startswith("vae") or "train_vae.py" in path.read_text(encoding="utf-8").splitlines()[0]
+        expected = Stage1Config if first else Stage2Config
         assert type(load_either(path, [])) is expected, path
     with pytest.raises(UserError, match=r"unet\.chanels: unknown key; did you mean unet\.channels"):
         load_either(written(tmp_path, LDM), ["unet.chanels=[8]"])
@@ -352,21 +362,20 @@ def test_the_command_counts_a_config_whose_files_are_not_here(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    data = {"root": "no/such/folder", "resolution": 64}
+    data = {"root": "no/such/folder", "resolution": 16}
     conditions = {"text": {"encoder": "none"}, "label": {}}
-    path = written(tmp_path, {**LDM, "data": data, "conditions": conditions})
-    words = ["plan", str(path), "--dry", "--device", "cuda", "--memory", "0.9", "--devices", "2", "--tflops", "0.001"]
+    path = written(tmp_path, {**LDM, "data": data, "conditions": conditions, "cache": {"batch_size": 512}})
+    words = ["plan", str(path), "--dry", "--device", "cuda", "--memory", "1.2", "--devices", "2", "--tflops", "0.001"]
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{path}: 2 x cuda, 0.9 GiB each, fp32"
+    assert lines[0] == f"{path}: 2 x cuda, 1.2 GiB each, fp32"
     assert "assumed: data no/such/folder is not here, so the size of the whole latent cache is not known" in lines
     assert "assumed: labels: taken to be 1000" in lines
-    assert (
-        "assumed: autoencoder nowhere/autoencoder is not here: taken to be Stable Diffusion's (KL-f8, 4 channels)"
-        in lines
-    )
-    assert any("DOES NOT FIT into 0.9" in line for line in lines)
-    assert any(line.startswith("  cache.batch_size=") for line in lines)
+    standard = "taken to be Stable Diffusion's (KL-f8, 4 channels)"
+    assert f"assumed: autoencoder nowhere/autoencoder is not here: {standard}" in lines
+    assert any("DOES NOT FIT into 1.2" in line for line in lines)
+    assert lines[-1].startswith("  cache.batch_size=")
+    assert lines[-1].endswith("nothing; against the latent cache")
     assert any(line.startswith("time, at best, at 0.001 TFLOP/s") for line in lines)
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
 
@@ -375,7 +384,7 @@ def test_an_autoencoder_that_is_still_to_be_made_has_the_sizes_of_its_own_config
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "vae.yaml").write_text(dump(stage1(out="made")), encoding="utf-8")
-    path = written(tmp_path, {**LDM, "autoencoder": "made/autoencoder", "conditions": {"text": {"encoder": "none"}}})
+    path = written(tmp_path, {**LDM, "autoencoder": "made/autoencoder"})
     assert main(["plan", str(path), "--dry", "--json", "--tflops", "1"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["assumed"] == []
@@ -399,16 +408,20 @@ def test_options_that_cannot_be_are_one_line(
 
 
 def test_what_is_counted_is_near_what_a_process_needs(tmp_path: Path) -> None:
-    """A process of its own measures a few steps. Its activations are within 25 % of the count: the rest is scratch
-    space of kernels and what the allocator keeps."""
+    """A process of its own measures a few steps, which take what was counted and at most a quarter more.
+
+    That is scratch space of kernels. glibc gives tensors above 32 MiB back at once, as those of real trainings are, but
+    of the small ones here it would keep another half, so it is told to give back these too.
+    """
     unet = {**LDM["unet"], "channels": [32, 32]}
-    values = {**LDM, "unet": unet, "data": SCENES | {"resolution": 64}, "conditions": {"text": {"encoder": "none"}}}
-    values |= {"training": {"steps": 10, "batch_size": 48}}
+    values = {**LDM, "unet": unet, "data": SCENES | {"resolution": 64}}
+    values |= {"training": {"steps": 10, "batch_size": 24}}
     (tmp_path / "vae.yaml").write_text(dump(stage1(out="nowhere")), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     command = [sys.executable, "-m", "ldm.cli.main", "plan", str(written(tmp_path, values)), "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "measuring 3 micro-batches of 48 images" in done.stderr
+    assert "measuring 3 micro-batches of 24 images" in done.stderr
     sizes = json.loads(done.stdout)["bytes"]
     resting = sizes["process"] + sizes["weights"] + sizes["optimiser"] + sizes["average"]
     assert sizes["activations"] > 150 * 2**20  # else libraries that are loaded meanwhile would count for more
