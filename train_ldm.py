@@ -21,6 +21,7 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     from ldm.data.latent_cache import buckets_folder, cached_latents
     from ldm.data.share import Share
     from ldm.data.sources import open_source
+    from ldm.training.bases import claim_bases
     from ldm.training.captions import check_captions
     from ldm.training.conditions import wanted_of
     from ldm.training.loop import open_quarantine, restore, train, training_batches
@@ -62,6 +63,7 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     # Only now, as all that the config names has been found: a run that never began binds nobody to its config.
     with run.accelerator.main_process_first():
         claim_run_folder(config, folder, config.free_to_change)
+        claim_bases(folder, config.bases(), resumed=run.checkpoint is not None)
     train(stage, batches, config.training, run, open_quarantine(source, config.data, run), watch)
     if run.accelerator.is_main_process:
         run.say(save_result(stage, folder))

@@ -22,6 +22,7 @@ def train_autoencoder(config_path: Path, overrides: list[str]) -> None:
     from ldm.data.sources import open_source
     from ldm.errors import user_input
     from ldm.randomness import seed_weights
+    from ldm.training.bases import claim_bases
     from ldm.training.loop import open_quarantine, restore, train, training_batches
     from ldm.training.run import describe_parameters, open_run
     from ldm.training.stage1 import AutoencoderStage, Stage1Config
@@ -44,6 +45,9 @@ def train_autoencoder(config_path: Path, overrides: list[str]) -> None:
     # Only now, as all that the config names has been found: a run that never began binds nobody to its config.
     with run.accelerator.main_process_first():
         claim_run_folder(config, folder, config.free_to_change)
+        claim_bases(
+            folder, {"autoencoder.pretrained": config.autoencoder.pretrained}, resumed=run.checkpoint is not None
+        )
     watch = Watch(folder, every=config.training.validate_every, metric=config.keep_best) if config.keep_best else None
     train(stage, batches, config.training, run, open_quarantine(source, config.data, run), watch)
     if run.accelerator.is_main_process:

@@ -54,9 +54,7 @@ def opening_device(arguments: argparse.Namespace) -> tuple[str, str]:
 
     device = choose_device(arguments.device)
     if device.type == "cpu":
-        raise UserError(
-            "--offload: found no GPU to send parts of the model to; leave it out, on a CPU it saves nothing"
-        )
+        raise UserError("--offload: found no GPU to send parts of the model to; leave it out")
     dtype = choose_dtype(arguments.dtype, device)
     return "cpu", next(name for name, known in DTYPES.items() if known == dtype)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,26 +72,27 @@ def _pieces(path: Path) -> Iterator[bytes]:
     if size <= _WHOLE:
         yield path.read_bytes()
         return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        header, starts = _places(content)
+    with path.open("rb", buffering=0) as file:  # no reading ahead: what lies between is not wanted
+        header, starts = _places(file, size)
         yield header
         for start in starts:
-            yield content[start : start + _SAMPLE]
+            file.seek(start)
+            yield file.read(_SAMPLE)
 
 
-def _places(content: mmap.mmap) -> tuple[bytes, list[int]]:
+def _places(file: io.FileIO, size: int) -> tuple[bytes, list[int]]:
     """A safetensors header and three places of each of its tensors; places all over where there is none."""
-    length = int.from_bytes(content[:8], "little")
-    header = content[8 : 8 + length] if length <= min(_LONGEST_HEADER, len(content) - 8) else b""
+    length = int.from_bytes(file.read(8), "little")
+    header = file.read(length) if length <= min(_LONGEST_HEADER, size - 8) else b""
     try:
         tensors = json.loads(header)
         ends = [value["data_offsets"] for name, value in tensors.items() if name != "__metadata__"]
         first = 8 + length
         places = [first + start + (end - start) * half // 2 for start, end in ends for half in (0, 1)]
-        return header, [*places, *(max(first, first + end - _SAMPLE) for _, end in ends)]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        step = max(1, len(content) // _PLACES)
-        return b"", [*range(0, len(content), step), max(0, len(content) - _SAMPLE)]
+        places += [max(first, first + end - _SAMPLE) for _, end in ends]
+        return header, [int(place) for place in places if 0 <= place < size]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        return b"", [*range(0, size, max(1, size // _PLACES)), max(0, size - _SAMPLE)]
 
 
 def _told(content: bytes) -> bytes:

@@ -83,6 +83,14 @@ class Stage2Config:
                 "set data.crop=center or cache.enabled=false"
             )
 
+    def bases(self) -> dict[str, str | None]:
+        """The models that the run begins from, by key."""
+        return {
+            "model": self.model,
+            "autoencoder": self.autoencoder,
+            "unet.pretrained": self.unet.pretrained,
+        }
+
     def _check_finetuning(self) -> None:
         for name in ("lora", "prior", "textual_inversion"):
             if getattr(self, name) is not None and self.model is None:

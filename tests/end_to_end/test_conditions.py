@@ -50,7 +50,7 @@ LDM = {
     "optimiser": {"lr": 2.0e-3, "schedule": "cosine", "warmup_steps": 50, "betas": [0.9, 0.99]},
     "ema_decay": 0.99,
     "preview": {"count": 8, "num_inference_steps": 15, "guidance_scale": 3.0},
-    "training": {"steps": 600, "batch_size": 32, "workers": 0, "validate_every": 10_000, "checkpoint_every": 10_000},
+    "training": {"steps": 1200, "batch_size": 32, "workers": 0, "validate_every": 10_000, "checkpoint_every": 10_000},
 }
 
 OBEYED = {
@@ -68,7 +68,7 @@ OBEYED = {
 def test_one_network_obeys_text_maps_and_masks_alone_and_together(commands: Commands) -> None:
     commands.train("vae", commands.write_config("vae.yaml", VAE))
     commands.train("ldm", commands.write_config("ldm.yaml", LDM))
-    words = ("evaluate", "ldm", "--conditions", "--count", 48, "--steps", 15, "--guidance", 3, "--out", "score")
+    words = ("evaluate", "ldm", "--conditions", "--count", 64, "--steps", 15, "--guidance", 3, "--out", "score")
     commands.ldm(*words)
     found = json.loads((commands.folder / "score" / "conditions.json").read_text(encoding="utf-8"))["measurements"]
     assert set(found) == {"text", "label", "semantic", "inpainting", "semantic+text", "inpainting+text"}

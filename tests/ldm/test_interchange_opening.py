@@ -434,6 +434,7 @@ def test_nothing_is_overwritten_unasked(folder: Path, wordless: Path, tmp_path: 
     assert len(load_file(file)) > 100
 
 
+@pytest.mark.slow  # test_cli_export has a part of it
 def test_loras_and_an_autoencoder_are_put_into_the_export(
     folder: Path, loras: tuple[Lora, Lora], tmp_path: Path
 ) -> None:

@@ -175,6 +175,52 @@ def test_a_checkpoint_without_an_average_is_refused(learner):
         learner(0).load_tensors(learner(0, decay=0.0).tensors())
 
 
+# --- 8-bit AdamW -----------------------------------------------------------------------------------------------------
+
+
+def large_net() -> Net:
+    """Convolutions of more than the 4,096 weights from which on bitsandbytes keeps moments in 8 bits."""
+    return Net(width=160)
+
+
+def test_8_bit_adam_that_is_not_installed_is_one_line(learner, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"^optimiser.kind: found adamw8bit, for which bitsandbytes is not installed; pip"
+    ):
+        learner(0, kind="adamw8bit")
+
+
+def test_8_bit_adam_goes_on_with_the_same_bits(learner, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the extra adam8bit")
+    straight, saved = (learner(0, large_net, kind="adamw8bit") for _ in range(2))
+    other, stepped = (learner(1, large_net, kind="adamw8bit") for _ in range(2))
+    train(straight, range(9))
+    train(saved, range(5))
+    train(stepped, range(2))
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(5, saved.tensors(), {})
+    states = folder.latest().tensors["net.optimiser"]
+    assert states["second.weight/state1"].dtype == torch.uint8
+    assert states["last.weight/state1"].dtype == torch.float32  # a small one
+    for one in (other, stepped):  # one that is new, as in a resume, and one that has moments of its own
+        one.load_tensors(folder.latest().tensors)
+        assert_equal(one, saved)
+        train(one, range(5, 9))
+        assert_equal(one, straight)
+
+
+def test_8_bit_adam_learns_nearly_what_adam_does(learner):
+    pytest.importorskip("bitsandbytes", reason="the extra adam8bit")
+    small, large = learner(0, large_net, kind="adamw8bit"), learner(0, large_net)
+    before = large.module.second.weight.detach().clone()
+    for one in (small, large):
+        train(one, range(9))
+    changed = large.module.second.weight - before
+    difference = small.module.second.weight - large.module.second.weight
+    assert difference.norm() < 0.1 * changed.norm()
+
+
 # --- Moving average --------------------------------------------------------------------------------------------------
 
 

@@ -377,7 +377,7 @@ def test_bfloat16_stays_as_near_to_float32_as_diffusers_does() -> None:
 
 
 def test_the_command_takes_clip_skip_and_writes_a1111s_number(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], models_open_once: None
 ) -> None:
     folder, out = tmp_path / "model", tmp_path / "out"
     model("sd1").save_pretrained(folder)
