@@ -27,7 +27,7 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     from ldm.training.loop import open_quarantine, restore, train, training_batches
     from ldm.training.networks import build_networks
     from ldm.training.prior import with_prior
-    from ldm.training.run import describe_parameters, open_run
+    from ldm.training.run import describe_attention, describe_parameters, open_run
     from ldm.training.stage2 import DiffusionStage
     from ldm.training.stage2_config import Stage2Config
     from ldm.training.stage2_result import save_result
@@ -44,6 +44,7 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     stage = DiffusionStage(config, run, nets.autoencoder, encoders, unet, nets.noise, validation_source)
     watch = watch_of(stage, validation_source)
     run.say(describe_parameters("U-Net", unet))
+    run.say(describe_attention(unet, run))
     run.say(describe_parameters(f"conditions ({', '.join(config.conditions.dropouts()) or 'none'})", encoders))
     check_captions(source, config)
     if config.prior is not None:

@@ -38,7 +38,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {"optimiser.lr": 2e-4, "optimiser.warmup_steps": 20, "ema_decay": 0}),
     "lora": ("lora", {"optimiser.lr": 2e-3, "optimiser.warmup_steps": 20}),
     "full-prior": ("dreambooth", {"optimiser.lr": 2e-4, "conditions.text.dropout": 0.1, **PRIOR}),
-    "lora-prior": ("lora", {"optimiser.lr": 2e-3, "optimiser.warmup_steps": 20, **PRIOR}),
+    "lora-prior": (
+        "lora",
+        {
+            "optimiser.lr": 2e-3,
+            "optimiser.warmup_steps": 20,
+            "ema_decay": 0.99,
+            "lora.rank": 32,
+            "lora.target": "[all-linear+conv]",
+            "lora.text_encoder": True,
+            **PRIOR,
+        },
+    ),
     "textual-inversion": ("textual_inversion", {"optimiser.lr": 2e-2, "textual_inversion.vectors": 2}),
 }
 """Name -> the config in configs/finetune, and what a small model learns with."""

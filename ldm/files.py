@@ -18,10 +18,14 @@ from ldm.errors import user_input
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A name beside `path` to write to, which takes its place at the end and vanishes after an error.
 
-    A reader sees the old file or the new one, whatever instant the writer dies at. Raises `UserError` if the disk
-    refuses.
+    A reader sees the old file or the new one, whatever instant the writer dies at. What is no file, such as
+    /dev/stdout, is written to as it is. Raises `UserError` if the disk refuses.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        with writing(path):
+            yield path
+        return
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):

@@ -61,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--training-images",
         type=int,
-        default=20_000,
+        default=10_000,
         metavar="N",
-        help="training images that copies are looked for in (default 20000)",
+        help="training images that copies are looked for in (default 10000)",
     )
     parser.add_argument(
         "--resolution", type=int, metavar="N", help="of an autoencoder: side in pixels (default: its run's, or 256)"

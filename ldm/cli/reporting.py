@@ -141,13 +141,14 @@ def find_data(given: Path | None, model: Path) -> ReportData:
     if chosen is None:
         raise UserError(f"config {path}: found no section 'data'; add one, or name a folder of images")
     training = trained_on or data
+    held_out = validation is not None or (training is not None and training != chosen)
     vocabulary = (data if data is not None and data.source == "scenes" else chosen).scenes
     return ReportData(
-        name=f"{'validation_data' if validation else 'data'} of {path}",
+        name=f"{'validation_data' if validation else 'data'} of {path}{'' if held_out else ' (training images)'}",
         config=chosen,
         vocabulary=vocabulary if chosen.source == "scenes" else None,
         training=training,
-        held_out=validation is not None or (training is not None and training != chosen),
+        held_out=held_out,
     )
 
 

@@ -14,7 +14,7 @@ COLOURS = 8
 """Classes s0 .. s7 of the page's style; further series repeat them."""
 LARGEST = 1e100
 """Larger numbers are as good as infinite."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 34, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 22, 34, 46
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,8 @@ def line_plot(
     xs = [x for one in usable for x, y in zip(one.x, one.y, strict=True) if _finite(x, y)]
     ys = [y for one in usable for y in [*one.y, *(one.low or ()), *(one.high or ())] if abs(y) < LARGEST]
     log_y = log_y and min(ys) > 0
-    x_axis = Axis(*_with_room(min(xs), max(xs), 0.0), _LEFT, width - _RIGHT)
+    margin = 0.04 if any(one.dots or one.names for one in usable) else 0.0
+    x_axis = Axis(*_with_room(min(xs), max(xs), margin), _LEFT, width - _RIGHT)
     room = _log_room(min(ys), max(ys)) if log_y else _with_room(min(ys), max(ys), 0.06)
     y_axis = Axis(*room, height - _BOTTOM, _TOP, log_y)
     parts = [_frame(x_axis, y_axis, x_label, y_label, width, height)]

@@ -44,7 +44,7 @@ class Measuring:
     seed: int = 0
     reference: int = 10_000
     """Images compared with."""
-    training_images: int = 20_000
+    training_images: int = 10_000
     """Training images that copies are looked for in."""
     reconstructed: int = 128
     """Images that the autoencoder is measured on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -165,10 +164,9 @@ def _plots(report: AutoencoderReport) -> list[Html]:
     middles = [(low + high) / 2 for low, high in spectra.limits]
     kept = Series(label="energy that survives", x=middles, y=spectra.survives, dots=True)
     error = Series(label="error", x=middles, y=spectra.error, dots=True)
-    seen = [
-        power if power > 0 else math.nan for power in spectra.latents
-    ]  # few latents have no frequency in some bands
-    energy = Series(label="", x=middles, y=seen, dots=True)
+    # Of few latents no frequency falls into some bands.
+    seen = [(x, power) for x, power in zip(middles, spectra.latents, strict=True) if power > 0]
+    energy = Series(label="", x=[x for x, _ in seen], y=[power for _, power in seen], dots=True)
     bars = [Bar(f"channel {i}", value) for i, value in enumerate(latents.std)]
     return [
         line_plot(

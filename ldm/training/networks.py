@@ -63,6 +63,7 @@ def build_networks(config: Stage2Config, source: Source) -> Networks:
         autoencoder = load_autoencoder(str(config.autoencoder))
     own = encoders_beside(config.unet.pretrained)
     encoders = build_encoders(config.conditions, source, own)
+    checkpoint_text(config.unet, encoders)
     unet = build_conditioned_unet(
         config.unet,
         config.conditions,
@@ -85,6 +86,7 @@ def networks_of(config: Stage2Config, parts: Components, source: Source) -> Netw
     own = ConditionEncoders(parts.text_encoder, parts.semantic_encoder, parts.label_encoder)
     weights = _hash_of(autoencoder, own, parts.unet) if config.prior is not None else ""
     encoders = build_encoders(config.conditions, source, own)
+    checkpoint_text(config.unet, encoders)
     parts.unet.float().train()
     parts.unet.register_to_config(sample_size=config.data.resolution // downsampling_factor(autoencoder))
     unet = adapt_unet(parts.unet, config.unet, config.conditions, encoders, own, latent_channels(autoencoder))
@@ -94,6 +96,13 @@ def networks_of(config: Stage2Config, parts: Components, source: Source) -> Netw
         _add_word(unet, encoders, config.textual_inversion, grown=unet is not parts.unet)
     noise = config.noise or noise_config_of(parts.noise_scheduler)
     return Networks(autoencoder.float(), encoders.float(), unet, noise, weights)
+
+
+def checkpoint_text(config: UNetConfig, encoders: ConditionEncoders) -> None:
+    """Let a text encoder that is trained compute its activations again, as the U-Net does, instead of keeping them."""
+    if config.gradient_checkpointing and encoders.text is not None:
+        # Does nothing in evaluation mode, in which a frozen encoder always is.
+        encoders.text.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _hash_of(autoencoder: Autoencoder, encoders: ConditionEncoders, unet: UNet2DConditionModel) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from autoencoder.model import AutoencoderConfig
+from ldm.data.combined import distinct_length
 from ldm.data.sample import Source
 from ldm.data.sources import DataConfig, open_source
 from ldm.device import choose_device, choose_dtype, process_memory, total_memory
@@ -170,7 +171,7 @@ def make_plan(
     source, assumed = _source(config)
     sketch = Sketch(autoencoder, assumed)
     maker = _maker(config, source, machine, sketch)
-    images = len(source) or None
+    images = distinct_length(source) or None
     counted = count(maker, machine.low, config.training.accumulation, images or 0)
     notes = tuple(dict.fromkeys(assumed))
     plan = Plan(config, machine, micro_batch_of(config, machine), counted, None, flops, images, notes)
@@ -229,7 +230,7 @@ def _source(config: RunConfig) -> tuple[Source, list[str]]:
     """The data, for its number of images and its classes, and what had to be assumed of it."""
     if _is_here(config.data):
         return open_source(config.data), []
-    assumed = [f"data {config.data.root} is not here, so the size of the whole latent cache is not known"]
+    assumed = [f"data {', '.join(_roots(config.data))} is not here, so how many images there are is not known"]
     labels = classes = 0
     if isinstance(config, Stage2Config):
         label, semantic = config.conditions.label, config.conditions.semantic
@@ -245,4 +246,8 @@ def _source(config: RunConfig) -> tuple[Source, list[str]]:
 
 
 def _is_here(data: DataConfig) -> bool:
-    return data.source == "scenes" or (data.root is not None and Path(data.root).exists())
+    return data.source == "scenes" or all(Path(root).exists() for root in _roots(data))
+
+
+def _roots(data: DataConfig) -> list[str]:
+    return [folder.root for folder in data.folders] if data.folders is not None else [str(data.root)]

@@ -96,6 +96,11 @@ class DiffusionBench:
             phases["validation loss"] = Phase(
                 lambda: self._validate(size), lambda _: calls, "preview.loss_images", size
             )
+        if self._config.watch is not None:
+            watch = self._config.watch
+            size = min(watch.batch_size, watch.count)
+            calls = training.steps // watch.every * watch.count / size
+            phases |= self._drawing("watch", size, calls, watch.num_inference_steps, "watch.batch_size")
         rows = 1 + (conditions.semantic is not None) + (conditions.inpainting is not None)
         size, key = (len(preview.prompts), None) if preview.prompts else (preview.count, "preview.count")
         return phases | self._drawing("previews", size, often * rows, preview.num_inference_steps, key)

@@ -13,12 +13,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
+from ldm.attention import attention_that_ran
 from ldm.device import choose_dtype
 from ldm.picture import save_png
 from ldm.training.checkpoint import Checkpoint, CheckpointFolder
 from ldm.training.folder_lock import lock_folder
 
 if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
     from PIL.Image import Image
 
 
@@ -95,6 +97,12 @@ def describe_parameters(name: str, module: nn.Module) -> str:
     total = sum(parameter.numel() for parameter in module.parameters())
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return f"{name}: {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained"
+
+
+def describe_attention(unet: UNet2DConditionModel, run: Run) -> str:
+    """`attention: sdpa (flash)`: what really ran in a call of the network, as it is trained. Raises `UserError`."""
+    with run.accelerator.autocast():
+        return f"attention: {attention_that_ran(unet)}"
 
 
 def _precision(name: str) -> torch.dtype:

@@ -92,7 +92,7 @@ class Commands:
 
     def run(self, *words: object, expect: int = 0) -> subprocess.CompletedProcess:
         process = self.start(*words)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == expect, f"{words}: exit code {process.returncode}, expected {expect}\n{out}\n{err}"
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 

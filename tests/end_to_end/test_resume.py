@@ -43,6 +43,7 @@ def test_kill_9_and_resume_is_bit_exact(commands, small_autoencoder, case):
     assert code == -signal.SIGKILL
     result = commands.train(stage, config, "out=killed")
     assert "going on from step" in result.stderr
+    assert ("attention: sdpa (flash)\n" in result.stderr) == (stage == "ldm")  # the kernel that ran
     assert_same_run(commands.folder / "straight", killed, steps=8)
 
 

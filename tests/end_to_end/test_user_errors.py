@@ -120,7 +120,9 @@ def fill(folder: Path, leave: int = 0) -> Path:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "filler")
+    """What lies in the folder, but for what fills the disk and the lock of a run, which says nothing of it."""
+    passed_over = ("filler", ".lock")
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name not in passed_over)
 
 
 def images(folder: Path, good: int, bad: int = 0) -> Path:

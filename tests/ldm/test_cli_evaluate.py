@@ -219,7 +219,7 @@ def test_which_data_are_compared_with(tmp_path: Path) -> None:
     assert own.vocabulary == own.training.scenes
     (run / "config.yaml").write_text(f"data: {scenes % ''}\nvalidation_data: null\n", encoding="utf-8")
     trained = find_data(None, run)
-    assert trained.name.startswith("data of") and not trained.held_out
+    assert trained.name.startswith("data of") and trained.name.endswith("(training images)") and not trained.held_out
     (tmp_path / "photos").mkdir()
     folder = find_data(tmp_path / "photos", run)
     assert folder.config.root == str(tmp_path / "photos") and folder.vocabulary is None and folder.held_out

@@ -58,6 +58,18 @@ def test_a_mistake_in_the_block_passes_through_and_writes_nothing(tmp_path: Path
     assert names(tmp_path) == []
 
 
+def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo() and names(tmp_path) == ["pipe"]
+    with pytest.raises(UserError, match="/dev/full: cannot be written: No space left on device"):
+        write_text("/dev/full", "x")
+
+
 def test_a_folder_is_replaced_as_a_whole_or_stays(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     for text in ("first", "second"):

@@ -508,6 +508,6 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         saved(self, path)
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="scenes: cannot be written: No space left"):
         write_scenes(ScenesConfig(), 32, tmp_path / "scenes", 5, progress=False)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,110 @@
+"""Single sections on known pictures: copies beside what they copy, prompts by their score, codebooks by their use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.scenes import ScenesConfig
+from ldm.data.sources import DataConfig
+from ldm.evaluation.features import Features
+from ldm.evaluation.report_alignment import alignment_section
+from ldm.evaluation.report_copying import copying_section, through_autoencoder
+from ldm.evaluation.report_data import ReportData, numbered_images, open_data, picture_at, told_scenes
+from ldm.evaluation.report_reconstruction import reconstruction_section
+from ldm.noise import NoiseConfig
+from ldm.picture import to_pil
+from ldm.pipeline import LatentDiffusionPipeline
+
+SCENES = ScenesConfig(max_objects=2, count=150)
+TRAINING = DataConfig(source="scenes", resolution=32, scenes=SCENES)
+HELD_OUT = DataConfig(source="scenes", resolution=32, scenes=replace(SCENES, split="held_out"))
+DATA = ReportData(name="held-out scenes", config=HELD_OUT, vocabulary=SCENES, training=TRAINING)
+
+
+class Corner:
+    """An extractor of 48 numbers: the picture at 4 x 4 pixels."""
+
+    name, weights, resolution, resize_filter = "corner", "0" * 16, 4, "area"
+
+    def extract(self, images: Tensor) -> Features:
+        return Features(torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1))
+
+
+class Words:
+    """A joint space in which a picture's red says whether it shows the prompt."""
+
+    name, weights, resolution, resize_filter = "words", "0" * 16, 8, "none"
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        red = images[:, 0].mean((1, 2)) / 2 + 0.5
+        return torch.stack([red, (1 - red**2).sqrt()], dim=1)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        return torch.tensor([[1.0, 0.0]]).expand(len(texts), 2)
+
+
+def test_copies_are_shown_beside_what_they_copy(make_pipeline: Callable[..., LatentDiffusionPipeline]) -> None:
+    autoencoder = make_pipeline(NoiseConfig()).vae
+    source = open_data(TRAINING)
+    ((numbers, images),) = numbered_images(source, TRAINING, [7, 149, 33], 8)
+    assert numbers == [7, 149, 33]
+    assert picture_at(source, TRAINING, 33).tobytes() == to_pil(images)[2].tobytes()
+    with torch.no_grad():
+        copies = through_autoencoder(autoencoder)(images)
+    made = copying_section(
+        Corner(), [copies], lambda i: to_pil(copies)[i], DATA, autoencoder=autoencoder, most=10_000, seed=0
+    )
+    assert made.values["copies"] is True and made.values["n"] == 3 and made.values["training"] == 150
+    assert made.figures[0].value == 1.0 and made.verdict.startswith("COPIES")
+    for sample, training in enumerate(numbers):
+        assert f"sample {sample} | training {training}: 0.0/255 apart" in made.content
+    assert made.content.count('<figure class="shown"') == 3
+    partly = copying_section(
+        Corner(), [copies], lambda i: to_pil(copies)[i], DATA, autoencoder=autoencoder, most=30, seed=0
+    )
+    assert "Only 30 of 150 training images were compared" in partly.verdict
+    unknown = copying_section(
+        Corner(),
+        [copies],
+        lambda i: to_pil(copies)[i],
+        replace(DATA, training=None),
+        autoencoder=autoencoder,
+        most=9,
+        seed=0,
+    )
+    assert "found no training images apart from held-out ones" in unknown.missing
+
+
+def test_prompts_are_listed_the_worst_first() -> None:
+    images = torch.full((3, 3, 8, 8), -1.0)
+    images[0, 0], images[1, 0], images[2, 0] = 1.0, 0.0, -1.0
+    prompts = ["red", "half red", "<b>not red</b>"]
+    pictures = [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(3)]
+    made = alignment_section(Words(), [images], prompts, lambda i: pictures[i], seed=0)
+    rows = made.values["prompts"]
+    assert [row["prompt"] for row in rows] == ["<b>not red</b>", "half red", "red"]
+    assert [row["clip_score"] for row in rows] == pytest.approx([0, 50, 100], abs=1e-4)
+    assert made.figures[0].value == pytest.approx(50, abs=1e-4)
+    assert "&lt;b&gt;not red" in made.content and "<b>not" not in made.content
+
+
+def test_the_codebook_of_a_vq_autoencoder_is_told(make_pipeline: Callable[..., LatentDiffusionPipeline]) -> None:
+    autoencoder = make_pipeline(NoiseConfig(), kind="vq").vae
+    made = reconstruction_section(autoencoder, DATA, open_data(HELD_OUT), 6, {}, None, 0)
+    use = made.values["codebook"]
+    assert use["codes"] == 32 and 1 <= use["perplexity"] <= use["used"] <= 32
+    assert f"{use['used']} of 32 codes" in made.verdict and "perplexity" in made.content
+    assert "rFID left out" in made.content and "LPIPS left out" in made.content
+    assert made.content.count('<figure class="shown"') == 12 + 6  # a few, and the worst of six
+
+
+def test_each_prompt_has_its_seed_and_scene() -> None:
+    told = told_scenes(SCENES, 5, seed=3)
+    assert [one.seed for one in told] == [3, 4, 5, 6, 7]
+    assert all(one.scene is not None and one.scene.background in one.prompt for one in told)
