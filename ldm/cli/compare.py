@@ -98,6 +98,8 @@ def _compare_models(args: argparse.Namespace, data: ReportData, drawing: Drawing
     if not args.keep_images:
         for one in drawn.values():
             one.folder.remove()
+        if not any((args.out / IMAGES).iterdir()):
+            (args.out / IMAGES).rmdir()
 
 
 def _compare_autoencoders(args: argparse.Namespace, folders: Sequence[Path], data: ReportData) -> None:
@@ -127,7 +129,8 @@ def _write(
     logged = [(label, path) for label, path in zip(labels, args.models, strict=True) if (path / METRICS_LOG).is_file()]
     curves = {label: read_curves(path) for label, path in logged}
     training = [attempt("training", "Training", lambda: compared_training_section(curves))] if curves else []
-    settings = {name: getattr(args, name) for name in ("steps", "guidance", "scheduler", "seed")}
+    settings = {name: getattr(args, name) for name in ("steps", "guidance", "seed")}
+    settings["scheduler"] = args.scheduler or "ddim, for a flow model euler"
     report = Report(
         title=" against ".join(labels),
         subtitle=subtitle,

@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,9 @@ from ldm.cli.reporting import (
 from ldm.errors import UserError, user_input
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ldm.evaluation.report import Section
     from ldm.evaluation.report_data import ReportData
-    from ldm.evaluation.report_drawing import Drawing, Drawn
+    from ldm.evaluation.report_drawing import Drawing
     from ldm.evaluation.report_model import Measured
     from ldm.evaluation.scenes import SceneScore
 
@@ -134,13 +132,17 @@ def _evaluate_model(args: argparse.Namespace, data: ReportData, drawing: Drawing
 
 def _write_model_report(args: argparse.Namespace, made: Measured, drawing: Drawing, weights: str) -> None:
     from ldm.evaluation.report import Report
+    from ldm.evaluation.report_data import prompts_of
+    from ldm.evaluation.report_drawing import scheduler_for
     from ldm.evaluation.report_model import model_sections
     from ldm.evaluation.report_progress import extended_history, progress_section, write_history
-    from ldm.evaluation.report_scenes import flat_scores
-    from ldm.picture import save_png
+    from ldm.evaluation.report_scenes import captioned, flat_scores
+    from ldm.evaluation.report_training import run_sections
+    from ldm.picture import grid, save_png
 
     held_out = "held-out combinations" if made.data.vocabulary is not None else f"captions of {made.data.name}"
-    drawn_with = {name: getattr(args, name) for name in ("steps", "guidance", "scheduler", "seed")}
+    drawn_with = {name: getattr(args, name) for name in ("steps", "guidance", "seed")}
+    drawn_with["scheduler"] = scheduler_for(made.pipeline, drawing.scheduler)
     settings = {
         "model": str(args.model),
         "kind": "diffusion",
@@ -154,12 +156,13 @@ def _write_model_report(args: argparse.Namespace, made: Measured, drawing: Drawi
         "weights": weights,
     }
     sections = model_sections(made)
-    training, curves = training_sections(args.model)
+    training, curves = run_sections(args.model)
     sections += training
     history: list[dict[str, Any]] = []
     step = max((curve.steps[-1] for curve in curves.values()), default=None)
     if step is not None:
-        alike = {**drawn_with, "count": drawing.count, "data": made.data.name}
+        seen = {name: extractor.weights for name, extractor in made.eyes.opened.items()}
+        alike = {**drawn_with, "count": drawing.count, "data": made.data.name, "seen_through": seen}
         history = extended_history(args.out, step, alike, sections)
     progress = progress_section({n: c for n, c in curves.items() if n.startswith("watch/")}, history, sections)
     sections += [progress] if progress is not None else []
@@ -172,7 +175,9 @@ def _write_model_report(args: argparse.Namespace, made: Measured, drawing: Drawi
     report.write(args.out, flat_scores(made.scores) if made.scores else None)
     if history:
         write_history(args.out, history)
-    save_png(_grid(made.main, made.scores), args.out / "grid.png")
+    count = min(SHOWN, len(made.main.told))
+    captions = captioned(prompts_of(made.main.told[:count]), made.scores[:count])
+    save_png(grid([made.main.picture(i) for i in range(count)], captions, columns=8), args.out / "grid.png")
     _tell(args.out, sections, made.scores)
 
 
@@ -183,6 +188,7 @@ def _evaluate_autoencoder(args: argparse.Namespace, folder: Path, data: ReportDa
     from ldm.evaluation.report import Report
     from ldm.evaluation.report_autoencoder import autoencoder_sections
     from ldm.evaluation.report_data import open_data
+    from ldm.evaluation.report_training import run_sections
 
     if args.conditions or args.sweep or args.likelihood:
         raise UserError(f"{args.model}: found an autoencoder; --conditions, --sweep and --likelihood are for models")
@@ -193,7 +199,7 @@ def _evaluate_autoencoder(args: argparse.Namespace, folder: Path, data: ReportDa
     count = args.count or RECONSTRUCTED
     measuring = replace(measuring_of(args, data), reconstructed=count)
     sections = autoencoder_sections(autoencoder, data, open_data(data.config), measuring)
-    training, _ = training_sections(args.model)
+    training, _ = run_sections(args.model)
     report = Report(
         title=f"{args.model.resolve().name}: what it keeps of an image",
         subtitle=f"{type(autoencoder).__name__} at {folder}, on {count} images at most of {data.name}",
@@ -213,26 +219,10 @@ def _evaluate_autoencoder(args: argparse.Namespace, folder: Path, data: ReportDa
     _tell(args.out, report.sections, [])
 
 
-def training_sections(model: Path) -> tuple[list[Section], Mapping[str, Any]]:
-    """The training of the run `model` and its curves; nothing for what is no run."""
-    from ldm.evaluation.report import attempt
-    from ldm.evaluation.report_training import METRICS_LOG, read_curves, training_section
-
-    if not (model / METRICS_LOG).is_file():
-        return [], {}
-    curves = read_curves(model)
-    return [attempt("training", "Training", lambda: training_section(curves))], curves
-
-
-def describe(result: Mapping[str, float]) -> str:
-    """`64 pictures: background 95.3 %, objects ...`."""
-    parts = ", ".join(f"{name} {100 * value:.1f} %" for name, value in result.items() if name != "images")
-    return f"{result['images']:.0f} pictures of held-out prompts, right are: {parts}"
-
-
 def _tell(out: Path, sections: Sequence[Section], scores: Sequence[SceneScore]) -> None:
     """The verdicts, what is missing, and where it all is."""
     from ldm.evaluation.report import METRICS, PAGE
+    from ldm.evaluation.report_scenes import describe
     from ldm.evaluation.scenes import rates
 
     if scores:
@@ -267,27 +257,14 @@ def _measure_conditions(args: argparse.Namespace, data: ReportData, drawing: Dra
         )
     pipeline = open_pipeline(args.model, dtype=args.dtype, device=args.device)
     inpainting = InpaintingOptions(feather=data.config.resolution // 16)
-    drawer = PipelineDrawer(
-        pipeline, drawing.steps, drawing.guidance, drawing.scheduler, drawing.batch, inpainting=inpainting
-    )
+    scheduler = scheduler_for(pipeline, drawing.scheduler)
+    drawer = PipelineDrawer(pipeline, drawing.steps, drawing.guidance, scheduler, drawing.batch, inpainting=inpainting)
     count = args.count or CONDITIONS_COUNT
     report = measure_conditions(drawer, data.vocabulary, pipeline.conditions, count, args.seed, data.config.resolution)
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(args, name) for name in ("steps", "guidance", "scheduler")}
+    settings = {"steps": args.steps, "guidance": args.guidance, "scheduler": scheduler}
     figures = {"model": str(args.model), **settings, "feather": inpainting.feather, **report.as_dict()}
     write_text(args.out / "conditions.json", json.dumps(figures, indent=2) + "\n")
     save_png(report.pictures, args.out / "conditions.png")
     print(report.summary())
     print(f"picture: {args.out / 'conditions.png'}   figures: {args.out / 'conditions.json'}")
-
-
-def _grid(main: Drawn, scores: Sequence[SceneScore]) -> Image.Image:
-    """The first pictures with their prompts; a prompt that is not fully met says what is wrong."""
-    from ldm.evaluation.report_data import prompts_of
-    from ldm.evaluation.report_scenes import flag_of
-    from ldm.picture import grid
-
-    told = main.told[:SHOWN]
-    flags = [flag_of(score) for score in scores[:SHOWN]] or [""] * len(told)
-    captions = [prompt + (f"  [{flag}]" if flag else "") for prompt, flag in zip(prompts_of(told), flags, strict=True)]
-    return grid([main.picture(i) for i in range(len(told))], captions=captions, columns=8)

@@ -40,7 +40,9 @@ def add_report_arguments(parser: argparse.ArgumentParser, count: int) -> None:
     parser.add_argument(
         "--guidance", default="4", metavar="SCALE", help="one number, or text=4,semantic=2,... (default 4)"
     )
-    parser.add_argument("--scheduler", default="ddim", help="ddpm, ddim, euler, heun, dpm++ or unipc (default ddim)")
+    parser.add_argument(
+        "--scheduler", help="ddpm, ddim, euler, heun, dpm++ or unipc (default ddim, for a flow model euler)"
+    )
     parser.add_argument("--batch", type=int, default=64, help="pictures drawn at once (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="picture i is drawn from seed + i (default 0)")
     parser.add_argument(
@@ -72,7 +74,10 @@ def check_report(args: argparse.Namespace, *counts: str) -> None:
             raise UserError(f"--{name.replace('_', '-')}: found {value}; allowed is 1 or more")
     for text in args.extractor:
         parse_extractor(text)
-    check_scheduler_name(args.scheduler)
+    if args.seed < 0:
+        raise UserError(f"--seed: found {args.seed}; allowed is 0 or more")
+    if args.scheduler is not None:
+        check_scheduler_name(args.scheduler)
     check_out_folder(args.out)
 
 
@@ -171,7 +176,7 @@ def shared_work(device: str) -> Iterator[tuple[Share, str]]:
     """This process's share of the work and its device, where accelerate or torchrun has started several processes."""
     from ldm.data.share import Share
 
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Share(), device
         return
     from datetime import timedelta

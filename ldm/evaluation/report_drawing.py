@@ -26,7 +26,8 @@ class Drawing:
     count: int
     steps: int
     guidance: float | Mapping[str, float]
-    scheduler: str
+    scheduler: str | None
+    """None: ddim, for a flow model euler."""
     batch: int
     seed: int
     sweep: tuple[float, ...] = ()
@@ -74,14 +75,15 @@ def draw_all(
     `model` is a hash of its weights. Each scale has a folder below `folder`, claimed with its settings; a scale of the
     sweep that the report itself has costs nothing more.
     """
+    scheduler = scheduler_for(pipeline, drawing.scheduler)
     wanted: list[tuple[str, float | Mapping[str, float], int]] = [("", drawing.guidance, len(told))]
     wanted += [(f"{scale:g}", scale, drawing.sweep_count) for scale in drawing.sweep]
     found = {}
     for name, guidance, count in wanted:
-        drawer = PipelineDrawer(pipeline, drawing.steps, guidance, drawing.scheduler, drawing.batch, side)
+        drawer = PipelineDrawer(pipeline, drawing.steps, guidance, scheduler, drawing.batch, side)
         dtype = str(pipeline.dtype).removeprefix("torch.")
         settings: dict[str, Any] = {"model": model, "steps": drawing.steps, "guidance": guidance}
-        settings |= {"scheduler": drawing.scheduler, "size": side, "dtype": dtype}
+        settings |= {"scheduler": scheduler, "size": side, "dtype": dtype}
         pictures = PictureFolder(folder / f"guidance-{_scale_name(guidance)}")
         if share.rank == 0:
             pictures.claim(settings)
@@ -89,6 +91,11 @@ def draw_all(
         pictures.draw(told[:count], drawer.batch, drawing.batch, share, settings)
         found[name] = Drawn(told[:count], pictures)
     return found
+
+
+def scheduler_for(pipeline: LatentDiffusionPipeline, name: str | None) -> str:
+    """The scheduler called `name`, by default one that runs this model's noise."""
+    return name or ("euler" if pipeline.is_flow else "ddim")
 
 
 def _scale_name(guidance: float | Mapping[str, float]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,18 @@ def flag_of(score: SceneScore) -> str:
     """`wrong: objects, colours`, or nothing."""
     wrong = [part for part in STATEMENTS if getattr(score, part) is False]
     return f"wrong: {', '.join(wrong)}" if wrong else ""
+
+
+def captioned(prompts: Sequence[str], scores: Sequence[SceneScore]) -> list[str]:
+    """The prompts; where a picture does not show all of one, with what is wrong. Without scores the prompts alone."""
+    flags = [flag_of(score) for score in scores] or [""] * len(prompts)
+    return [prompt + (f"  [{flag}]" if flag else "") for prompt, flag in zip(prompts, flags, strict=True)]
+
+
+def describe(result: Mapping[str, float]) -> str:
+    """`64 pictures: background 95.3 %, objects ...`, of what `rates` gives."""
+    parts = ", ".join(f"{name} {100 * value:.1f} %" for name, value in result.items() if name != "images")
+    return f"{result['images']:.0f} pictures of held-out prompts, right are: {parts}"
 
 
 def flat_scores(scores: Sequence[SceneScore]) -> dict[str, Any]:

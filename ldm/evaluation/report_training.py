@@ -12,7 +12,7 @@ from ldm.errors import UserError, user_input
 from ldm.evaluation.page import note, plots
 from ldm.evaluation.page_text import Html
 from ldm.evaluation.plots import Series, line_plot
-from ldm.evaluation.report import Section
+from ldm.evaluation.report import Section, attempt
 
 METRICS_LOG = "metrics.jsonl"
 MOST_POINTS = 300
@@ -60,6 +60,19 @@ def read_curves(run: Path) -> dict[str, Curve]:
     return {name: Curve(name, tuple(sorted(at)), tuple(at[step] for step in sorted(at))) for name, at in points.items()}
 
 
+def run_sections(run: Path) -> tuple[list[Section], dict[str, Curve]]:
+    """The section on the training of `run` and its curves; nothing for what is no run."""
+    if not (run / METRICS_LOG).is_file():
+        return [], {}
+    curves: dict[str, Curve] = {}
+
+    def read() -> Section:
+        curves.update(read_curves(run))
+        return training_section(curves)
+
+    return [attempt("training", "Training", read)], curves
+
+
 def training_section(curves: Mapping[str, Curve]) -> Section:
     """Loss, the rest of the loss's terms, and what was measured while training. Raises `UserError` for an empty log."""
     return compared_training_section({"": curves})
@@ -84,11 +97,6 @@ def compared_training_section(runs: Mapping[str, Mapping[str, Curve]]) -> Sectio
     last = {f"{run} {name}".strip(): curves[name].values[-1] for run, curves in runs.items() for name in curves}
     words = "Curves of many updates are averaged over neighbours; the band is the range of what was averaged."
     return Section(name="training", title="Training", content=Html(plots(*drawn) + note(words)), values={"last": last})
-
-
-def watched(curves: Mapping[str, Curve]) -> dict[str, Curve]:
-    """What was measured on pictures while training: metric against step."""
-    return {name: curve for name, curve in curves.items() if name.startswith("watch/")}
 
 
 def _groups(names: Sequence[str]) -> list[list[str]]:

@@ -315,7 +315,7 @@ def test_a_full_disk_while_a_report_is_written(ldm, tmp_path, capsys):
     root = images(tmp_path / "photos", good=1)
     assert main(["data", "check", str(root), "--json", "/dev/full"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("ldm data: --json /dev/full: cannot be written: ")
+    assert line.startswith("ldm data: /dev/full: cannot be written: ")
     assert "No space left on device" in line
 
 

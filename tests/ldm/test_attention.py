@@ -89,9 +89,7 @@ def test_xformers_that_is_missing_is_refused_in_one_line(monkeypatch: pytest.Mon
 def test_xformers_that_is_there_but_does_not_work_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
-    with pytest.raises(
-        UserError, match="this kernel does not work here; choose sdpa or math: "
-    ):
+    with pytest.raises(UserError, match="this kernel does not work here; choose sdpa or math: "):
         tiny("xformers")
 
 
