@@ -246,6 +246,7 @@ def _measure_conditions(args: argparse.Namespace, data: ReportData, drawing: Dra
     from ldm.canvas import InpaintingOptions
     from ldm.evaluation.conditions import measure_conditions
     from ldm.evaluation.drawing import PipelineDrawer
+    from ldm.evaluation.report_drawing import scheduler_for
     from ldm.files import write_text
     from ldm.interchange.opening import open_pipeline
     from ldm.picture import save_png

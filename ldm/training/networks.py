@@ -102,7 +102,9 @@ def checkpoint_text(config: UNetConfig, encoders: ConditionEncoders) -> None:
     """Let a text encoder that is trained compute its activations again, as the U-Net does, instead of keeping them."""
     if config.gradient_checkpointing and encoders.text is not None:
         # Does nothing in evaluation mode, in which a frozen encoder always is.
-        encoders.text.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = encoders.text.model
+        enable = getattr(model, "activation_checkpointing_enable", None)  # the newer name
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _hash_of(autoencoder: Autoencoder, encoders: ConditionEncoders, unet: UNet2DConditionModel) -> str:
