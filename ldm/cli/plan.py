@@ -98,6 +98,8 @@ def autoencoder_to_be_made(config: RunConfig, path: Path) -> AutoencoderConfig |
 
 def as_lines(plan: Plan, changes: list[Change], path: Path) -> list[str]:
     """For people."""
+    from ldm.training.plan import USABLE
+
     config, machine, counted = plan.config, plan.machine, plan.count
     low = "fp32" if machine.low is None else str(machine.low).removeprefix("torch.")
     devices = f"{machine.devices} x {machine.kind}, {machine.memory / GIB:.1f} GiB each, {low}"
@@ -126,7 +128,7 @@ def as_lines(plan: Plan, changes: list[Change], path: Path) -> list[str]:
         peak = machine.overhead + phase.peak
         lines.append(f"  {'peak of ' + name:<28}{peak / GIB:8.2f}   {_images(phase.at_once)} at once")
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    lines.append(f"  {'needed':<28}{plan.peak / GIB:8.2f}   {verdict} into {machine.memory / GIB:.1f}")
+    lines.append(f"  {'needed':<28}{plan.peak / GIB:8.2f}   {verdict} into {USABLE:.0%} of {machine.memory / GIB:.1f}")
     return [*lines, "", *_time_lines(plan), "", *_disk_lines(plan), *_advice_lines(plan, changes)]
 
 

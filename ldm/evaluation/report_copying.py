@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from autoencoder.latents import decode, encode
 from autoencoder.model import Autoencoder
 from ldm.data.fixed_batches import fixed_images, spread_indices
+from ldm.data.sources import DataConfig
 from ldm.evaluation.copying import CopyingCheck, CopyingReport
 from ldm.evaluation.features import FeatureExtractor
 from ldm.evaluation.measurement import Measurement, Setting
@@ -19,10 +21,11 @@ from ldm.evaluation.page import Shown, gallery, note, paragraph
 from ldm.evaluation.page_text import Html, tag
 from ldm.evaluation.report import Section, figures_table
 from ldm.evaluation.report_data import ReportData, numbered_images, open_data, picture_at
+from ldm.randomness import derive_seed
 
 PLANTED = 100
 """Training images that are altered and looked for."""
-HELD_OUT = 1000
+HELD_OUT = 500
 """Held-out images at most."""
 SHOWN = 12
 """Pairs on the page."""
@@ -43,7 +46,8 @@ def copying_section(
 
     Raises `UserError` where there is nothing to compare with.
     """
-    if data.training is None or not data.held_out:
+    unseen = unseen_images(data)
+    if data.training is None or unseen is None:
         return Section(
             name="copying",
             title="Copies of training images",
@@ -57,7 +61,7 @@ def copying_section(
     check = CopyingCheck(
         extractor,
         samples=samples,
-        held_out=fixed_images(open_data(data.config), data.config, HELD_OUT, _BATCH),
+        held_out=fixed_images(open_data(unseen), unseen, HELD_OUT, _BATCH),
         planted=(images for _, images in numbered_images(training, data.training, planted, _BATCH)),
         through=through,
         seed=seed,
@@ -73,6 +77,19 @@ def copying_section(
     return _section(
         report, sample, lambda n: picture_at(training, config, indices[n]), len(training), config.resolution
     )
+
+
+def unseen_images(data: ReportData) -> DataConfig | None:
+    """Images of the training set's kind that are not in it, None where there are none.
+
+    Of built-in scenes fresh ones are drawn, as the training's were: the held-out combinations are another kind, and a
+    sample that shows a training combination by mistake would lie nearer to the training set than any of them.
+    """
+    if data.training is not None and data.training.source == "scenes":
+        scenes = data.training.scenes
+        fresh = replace(scenes, seed=derive_seed(scenes.seed, "fresh scenes"), count=HELD_OUT)
+        return replace(data.training, scenes=fresh)
+    return data.config if data.held_out else None
 
 
 def through_autoencoder(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
@@ -119,8 +136,9 @@ def _section(
         figures_table([figure]),
         note(
             "A picture is flagged if it lies nearer to a training image than 99 % of held-out images do, in pixels and "
-            "features together; so about 1 % of fresh pictures are flagged too. Training and held-out images are first "
-            "put through the autoencoder, since a model can copy no more of them than that."
+            "features together; so about 1 % of fresh pictures are flagged too. For built-in scenes the held-out images "
+            "are fresh scenes, drawn as the training's were. Training and held-out images are first put through the "
+            "autoencoder, since a model can copy no more of them than that."
         ),
     ]
     values = {"copies": report.copies, "planted_found": report.planted, "nearer": report.nearer, "n": report.n}

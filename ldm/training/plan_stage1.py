@@ -61,8 +61,9 @@ class AutoencoderBench:
         lpips = step.reconstruction_loss.lpips
         networks = {"autoencoder": step, "discriminator": adversary, "LPIPS": lpips}
         self.parts: Mapping[str, nn.Module] = {name: part for name, part in networks.items() if part is not None}
-        if config.runtime.channels_last:
-            for part in self.parts.values():
+        for part in self.parts.values():
+            part.to(place.device)
+            if config.runtime.channels_last:
                 part.to(memory_format=torch.channels_last)
         self.updates: Sequence[Update] = [Update(step, config.optimiser, config.ema_decay, place)]
         if adversary is not None:
@@ -117,5 +118,6 @@ def _step(autoencoder: Autoencoder, config: Stage1Config, discriminator: PatchDi
         return AutoencoderStep(autoencoder, config, discriminator)
     without = replace(config, loss=replace(config.loss, perceptual="none"))
     step = AutoencoderStep(autoencoder, without, discriminator)
-    step.reconstruction_loss = ReconstructionLoss(config.loss, random_lpips(config.loss))
+    with torch.device("cpu"):  # it reads a file of torchmetrics'
+        step.reconstruction_loss = ReconstructionLoss(config.loss, random_lpips(config.loss))
     return step

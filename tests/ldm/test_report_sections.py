@@ -14,7 +14,7 @@ from ldm.data.scenes import ScenesConfig
 from ldm.data.sources import DataConfig
 from ldm.evaluation.features import Features
 from ldm.evaluation.report_alignment import alignment_section
-from ldm.evaluation.report_copying import copying_section, through_autoencoder
+from ldm.evaluation.report_copying import copying_section, through_autoencoder, unseen_images
 from ldm.evaluation.report_data import ReportData, numbered_images, open_data, picture_at, told_scenes
 from ldm.evaluation.report_reconstruction import reconstruction_section
 from ldm.noise import NoiseConfig
@@ -79,6 +79,17 @@ def test_copies_are_shown_beside_what_they_copy(make_pipeline: Callable[..., Lat
         seed=0,
     )
     assert "found no training images apart from held-out ones" in unknown.missing
+
+
+def test_images_that_the_model_has_not_seen_are_of_the_training_sets_kind() -> None:
+    fresh = unseen_images(DATA)
+    assert fresh is not None and fresh.scenes.split == "train" and fresh.scenes.seed != SCENES.seed
+    seen, unseen = open_data(TRAINING), open_data(fresh)
+    assert len(unseen) >= 100
+    assert sum(seen.read(i).image == unseen.read(i).image for i in range(20)) == 0
+    photos = DataConfig(root="photos")
+    assert unseen_images(replace(DATA, config=photos, training=replace(photos, root="others"))) == photos
+    assert unseen_images(replace(DATA, config=photos, training=photos, held_out=False)) is None
 
 
 def test_prompts_are_listed_the_worst_first() -> None:
