@@ -15,7 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -33,26 +33,31 @@ from ldm.picture import grid, save_png
 from ldm.training.stage2_config import Stage2Config
 
 ROOT = Path(__file__).parents[1]
-PRIOR = {"prior.num_inference_steps": 25, "prior.guidance_scale": 4.0, "prior.batch_size": 32}
+SMALL = {"optimiser.lr": 5e-4, "optimiser.warmup_steps": 20, "ema_decay": 0.99, "conditions.text.dropout": 0.1}
+TEXT = {"conditions.text.finetune": True}
+LORA = {
+    "optimiser.lr": 2e-3,
+    "optimiser.warmup_steps": 20,
+    "ema_decay": 0.99,
+    "lora.rank": 32,
+    "lora.target": "[all-linear+conv]",
+    "lora.text_encoder": True,
+}
+DRAWN = {"prior.num_inference_steps": 25, "prior.guidance_scale": 4.0, "prior.batch_size": 32}
+OWN = {"prior.folder": "own-images"}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "full": ("full", {"optimiser.lr": 2e-4, "optimiser.warmup_steps": 20, "ema_decay": 0}),
-    "lora": ("lora", {"optimiser.lr": 2e-3, "optimiser.warmup_steps": 20}),
-    "full-prior": ("dreambooth", {"optimiser.lr": 2e-4, "conditions.text.dropout": 0.1, **PRIOR}),
-    "lora-prior": (
-        "lora",
-        {
-            "optimiser.lr": 2e-3,
-            "optimiser.warmup_steps": 20,
-            "ema_decay": 0.99,
-            "lora.rank": 32,
-            "lora.target": "[all-linear+conv]",
-            "lora.text_encoder": True,
-            **PRIOR,
-        },
-    ),
+    "full-alone": ("full", {**SMALL, "optimiser.lr": 2e-4}),
+    "full": ("full", {**SMALL, **TEXT, **OWN}),
+    "lora-alone": ("lora", LORA),
+    "lora": ("lora", {**LORA, **OWN}),
+    "lora-prior": ("lora", {**LORA, **DRAWN}),
+    "dreambooth": ("dreambooth", {**SMALL, **TEXT, **DRAWN}),
     "textual-inversion": ("textual_inversion", {"optimiser.lr": 2e-2, "textual_inversion.vectors": 2}),
 }
-"""Name -> the config in configs/finetune, and what a small model learns with."""
+"""Name -> the config in configs/finetune, and what a small model learns with.
+
+Prior preservation is with images that the model was trained on (`OWN`) or that it draws itself (`DRAWN`).
+"""
 PICTURE_COLUMNS = 4
 
 
@@ -97,7 +102,7 @@ def main() -> None:
     parser.add_argument("--shape", default="star", help="the shape that is new to the model")
     parser.add_argument("--word", default="zorp", help="what the captions call it")
     parser.add_argument("--images", type=int, default=20, help="images of it")
-    parser.add_argument("--class-images", type=int, default=200, help="for prior preservation")
+    parser.add_argument("--class-images", type=int, default=1000, help="for prior preservation")
     parser.add_argument("--steps", type=int, default=600, help="training steps of each method")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--count", type=int, default=96, help="pictures scored, of new and of old prompts each")
@@ -108,9 +113,11 @@ def main() -> None:
     old = config.data.scenes
     if arguments.shape in old.object_names:
         parser.error(f"--shape {arguments.shape}: the model knows it; take one that is not of its {old.object_names}")
-    known = replace(old, objects=(*old.object_names, arguments.shape), held_out=0.0, seed=old.seed + 1)
-    task = Task(old, known, arguments.shape, arguments.word, config.data.resolution)
-    write_images(task, arguments.out / "images", arguments.images)
+    with_new = replace(old, objects=(*old.object_names, arguments.shape), held_out=0.0, seed=old.seed + 1)
+    task = Task(old, with_new, arguments.shape, arguments.word, config.data.resolution)
+    write_images(islice(task.new_scenes(), arguments.images), task, arguments.out / "images")
+    known = (scene_at(old, index) for index in range(arguments.class_images))
+    write_images(known, task, arguments.out / "own-images")
     results = {"before": measure(task, arguments.run, arguments.out / "before", arguments.count)}
     for method in arguments.methods:
         train(task, method, arguments)
@@ -119,15 +126,15 @@ def main() -> None:
         report(task, results, arguments)
 
 
-def write_images(task: Task, folder: Path, count: int) -> None:
-    """The images of the new shape, captioned in every phrasing with the new word."""
+def write_images(scenes: Iterable[Scene], task: Task, folder: Path) -> None:
+    """A dataset of these scenes, captioned in every phrasing, with the new word for the new shape."""
     if (folder / "metadata.jsonl").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for index, scene in enumerate(islice(task.new_scenes(), count)):
-        render_image(scene, task.resolution).save(folder / f"{index:03d}.png")
-        rows.append({"file_name": f"{index:03d}.png", "text": [task.worded(text) for text in captions(scene)]})
+    for index, scene in enumerate(scenes):
+        render_image(scene, task.resolution).save(folder / f"{index:05d}.png")
+        rows.append({"file_name": f"{index:05d}.png", "text": [task.worded(text) for text in captions(scene)]})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -153,6 +160,8 @@ def train(task: Task, method: str, arguments: argparse.Namespace) -> None:
         "training.validate_every": max(1, arguments.steps // 2),
         **changes,
     }
+    if "prior.folder" in changes:
+        values["prior.folder"] = arguments.out / str(changes["prior.folder"])
     if "prior.batch_size" in changes:
         prompts = arguments.out / "class-prompts.txt"
         scenes = (scene_at(task.old, index) for index in range(arguments.class_images))

@@ -33,7 +33,8 @@ class TextConfig:
 
     `layer` None is the usual one: penultimate for openclip (as Stable Diffusion 2), last for the others. `length` is
     the tokens a caption is padded or cut to, at most 77 for pretrained encoders. `dropout` is the share of captions
-    replaced by the empty one in training.
+    replaced by the empty one in training. `finetune` trains a pretrained encoder with the U-Net, too: a new word for a
+    new thing is learned sooner, and old ones are forgotten sooner.
     """
 
     encoder: EncoderKind = "trained"
@@ -45,6 +46,7 @@ class TextConfig:
     layers: int = 4
     heads: int = 4
     dropout: float = 0.1
+    finetune: bool = False
 
     def __post_init__(self) -> None:
         for field, allowed in (("encoder", get_args(EncoderKind)), ("layer", (None, *get_args(Layer)))):
@@ -77,11 +79,10 @@ class TextConfig:
             raise ValueError(
                 "layer: found penultimate with encoder trained; allowed is last; lower layers by one instead"
             )
-
-    @property
-    def train(self) -> bool:
-        """Whether the encoder learns with the U-Net."""
-        return self.encoder == "trained"
+        if self.finetune and self.encoder in ("trained", "none"):
+            raise ValueError(
+                f"finetune: found true with encoder {self.encoder}; allowed is clip, openclip or model; leave it out"
+            )
 
 
 class TextEncoder(nn.Module):
@@ -186,7 +187,7 @@ def build_text_encoder(config: TextConfig) -> TextEncoder:
         encoder = TextEncoder(clip_vocabulary_tokenizer(config.length, pad_token="!"), model)
     else:
         encoder = load_clip(str(config.pretrained), length=config.length, layer=config.layer or "last")
-    return encoder.requires_grad_(False).eval()
+    return encoder.requires_grad_(config.finetune).train(config.finetune)
 
 
 class _WholeTokenizer:

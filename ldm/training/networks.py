@@ -176,7 +176,7 @@ def build_encoders(config: ConditionsConfig, source: Source, own: ConditionEncod
     elif config.text.encoder == "none":
         text = None
     elif text is not None:
-        text = text.requires_grad_(False).eval()
+        text = text.requires_grad_(config.text.finetune).train(config.text.finetune)
     semantic = label = None
     with user_input("conditions", ValueError, OSError, SafetensorError):
         if config.semantic is not None:

@@ -100,6 +100,16 @@ class Stage2Config:
                 f"lora.dropout: found {self.lora.dropout}; allowed is 0: its random numbers could not be repeated by a "
                 "run that goes on; leave it out"
             )
+        if self.conditions.text.finetune and self.lora is not None:
+            raise ValueError(
+                "conditions.text.finetune: found true beside lora, which leaves the model's weights as they are; "
+                "set lora.text_encoder=true instead"
+            )
+        if self.conditions.text.finetune and self.textual_inversion is not None:
+            raise ValueError(
+                "conditions.text.finetune: found true beside textual_inversion, which leaves the model as it is; "
+                "leave one of them out"
+            )
         if self.prior is not None and self.conditions.text.encoder == "none":
             raise ValueError("prior: found for a model without text; its images are drawn from prompts; leave it out")
         if self.textual_inversion is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +87,19 @@ def test_different_captions_give_different_contexts_and_later_words_do_not_reach
     assert not torch.allclose(first[3:], second[3:], atol=1e-3)
 
 
-def test_a_trained_tower_learns_and_a_pretrained_one_is_frozen(clip_folder: Path) -> None:
-    assert TRAINED.train
+def test_a_trained_tower_learns_and_a_pretrained_one_is_frozen_unless_asked(clip_folder: Path) -> None:
     encoder = build()
     encoder(encoder.tokenize(["a red circle"])).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients.values())
     config = TextConfig(encoder="clip", pretrained=str(clip_folder), length=20)
     pretrained = build(config)
-    assert not config.train and not pretrained.training
+    assert not pretrained.training
     assert not any(parameter.requires_grad for parameter in pretrained.parameters())
+    finetuned = build(replace(config, finetune=True))
+    assert finetuned.training and all(parameter.requires_grad for parameter in finetuned.parameters())
+    with pytest.raises(ValueError, match="finetune: found true with encoder trained"):
+        TextConfig(finetune=True)
 
 
 def test_the_weights_follow_the_callers_seed() -> None:

@@ -112,6 +112,16 @@ def test_the_weight_of_class_images_reaches_the_loss(commands, base, images):
     assert 0 < without < with_them
 
 
+def test_the_text_encoder_is_trained_when_asked(commands, base, images):
+    run = train(commands, base, images, "both", conditions={"text": {"encoder": "model", "finetune": True}})
+    before, after = (load_file(folder / "text_encoder" / "model.safetensors") for folder in (base, run / "pipeline"))
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    assert not {name for name in unchanged if not name.endswith("k_proj.bias")}  # its gradient is 0 up to rounding
+    with pytest.raises(UserError, match=r"conditions.text.finetune: found true beside lora.*set lora.text_encoder"):
+        text = {"encoder": "model", "finetune": True}
+        train(commands, base, images, "refused", conditions={"text": text}, lora={"rank": 2})
+
+
 def test_a_word_without_a_model_or_beside_other_ways_is_refused(commands, base, images):
     for changes, message in (
         ({"model": None, "autoencoder": "A"}, "textual_inversion: found without model"),
