@@ -13,8 +13,8 @@ def main() -> int:
     return run_training("train_ldm.py", __doc__, train_diffusion)
 
 
-def train_diffusion(config_path: Path, overrides: list[str]) -> None:
-    """Build what the config names, train it, and write the finished pipeline."""
+def train_diffusion(config_path: Path, overrides: list[str]) -> int | None:
+    """Build what the config names, train it, and write the finished pipeline; or replay a failure bundle."""
     from autoencoder.model import downsampling_factor
     from ldm.config import claim_run_folder, load
     from ldm.data.bucket_index import open_buckets
@@ -24,9 +24,11 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     from ldm.training.bases import claim_bases
     from ldm.training.captions import check_captions
     from ldm.training.conditions import wanted_of
+    from ldm.training.failure import open_failure
     from ldm.training.loop import open_quarantine, restore, train, training_batches
     from ldm.training.networks import build_networks
     from ldm.training.prior import with_prior
+    from ldm.training.replay import open_replay, replay
     from ldm.training.run import describe_attention, describe_parameters, open_run
     from ldm.training.stage2 import DiffusionStage
     from ldm.training.stage2_config import Stage2Config
@@ -34,11 +36,16 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
     from ldm.training.watch import BEST, watched
     from ldm.training.watch_pictures import watch_of
 
-    config = load(Stage2Config, config_path, overrides)
+    failure = open_failure(config_path, "train_ldm.py")
+    config = load(Stage2Config, failure.config if failure else config_path, overrides)
     source = open_source(config.data)
     validation_source = open_source(config.validation_data) if config.validation_data else source
-    folder = Path(config.out)
-    run = open_run(folder, config.seed, config.runtime, config.training.keep_checkpoints)
+    folder = failure.run_folder if failure else Path(config.out)
+    run = (
+        open_replay(failure, config.seed, config.runtime)
+        if failure
+        else open_run(folder, config.seed, config.runtime, config.training.keep_checkpoints)
+    )
     nets = build_networks(config, source)
     encoders, unet = nets.encoders, nets.unet
     stage = DiffusionStage(config, run, nets.autoencoder, encoders, unet, nets.noise, validation_source)
@@ -61,6 +68,8 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
         reader = cached_latents(cache_folder, source, config.data, nets.autoencoder, config.cache, share)
     wanted = wanted_of(config.conditions, encoders)
     batches = training_batches(source, config.data, config.training, run, reader, wanted, buckets)
+    if failure is not None:
+        return replay(stage, batches, config.training, run, source, config.data, failure)
     # Only now, as all that the config names has been found: a run that never began binds nobody to its config.
     with run.accelerator.main_process_first():
         claim_run_folder(config, folder, config.free_to_change)
@@ -73,6 +82,7 @@ def train_diffusion(config_path: Path, overrides: list[str]) -> None:
             restore(stage, best)
             run.say(f"best of {watched(best)}: {save_result(stage, folder / BEST)}")
     run.close()
+    return None
 
 
 if __name__ == "__main__":

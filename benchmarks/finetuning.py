@@ -33,7 +33,13 @@ from ldm.picture import grid, save_png
 from ldm.training.stage2_config import Stage2Config
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"optimiser.lr": 5e-4, "optimiser.warmup_steps": 20, "ema_decay": 0.99, "conditions.text.dropout": 0.1}
+SMALL = {
+    "optimiser.lr": 5e-4,
+    "optimiser.schedule": "cosine",
+    "optimiser.warmup_steps": 20,
+    "ema_decay": 0.99,
+    "conditions.text.dropout": 0.1,
+}
 TEXT = {"conditions.text.finetune": True}
 LORA = {
     "optimiser.lr": 2e-3,
@@ -81,6 +87,13 @@ class Task:
         scenes = (scene_at(self.known, index) for index in range(10**6))
         return (scene for scene in scenes if [thing.name for thing in scene.objects] == [self.shape])
 
+    def varied_scenes(self, count: int) -> Iterable[Scene]:
+        """As a person would choose them: no two of the same colour on the same background."""
+        scenes = {(scene.objects[0].colour, scene.background): scene for scene in islice(self.new_scenes(), 500)}
+        if count > len(scenes):
+            raise SystemExit(f"--images: found {count}; the new shape has {len(scenes)} looks; ask for no more")
+        return islice(scenes.values(), count)
+
     def worded(self, text: str) -> str:
         """A caption with the new word for the shape."""
         return text.replace(self.shape, self.word)
@@ -115,7 +128,7 @@ def main() -> None:
         parser.error(f"--shape {arguments.shape}: the model knows it; take one that is not of its {old.object_names}")
     with_new = replace(old, objects=(*old.object_names, arguments.shape), held_out=0.0, seed=old.seed + 1)
     task = Task(old, with_new, arguments.shape, arguments.word, config.data.resolution)
-    write_images(islice(task.new_scenes(), arguments.images), task, arguments.out / "images")
+    write_images(task.varied_scenes(arguments.images), task, arguments.out / "images")
     known = (scene_at(old, index) for index in range(arguments.class_images))
     write_images(known, task, arguments.out / "own-images")
     results = {"before": measure(task, arguments.run, arguments.out / "before", arguments.count)}

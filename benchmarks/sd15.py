@@ -36,10 +36,18 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one command."""
+    """Of one command.
+
+    Attributes:
+        seconds, cpu_seconds: by the clock, and of all its threads: the second does not depend on what else runs.
+        peak_gib: resident memory at most, pages of mapped files among them, which the system drops when it needs room.
+        peak_anonymous_gib: without those; 0 where there is no /proc.
+    """
 
     seconds: float
+    cpu_seconds: float
     peak_gib: float
+    peak_anonymous_gib: float
 
 
 def main() -> None:
@@ -49,6 +57,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/ldm-sd15"), help="where everything goes")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--steps", type=int, default=4, help="of drawing")
+    parser.add_argument("--single-file", action="store_true", help="export it as one file, too, and draw from that")
     parser.add_argument("--options", nargs="*", default=[], help="further overrides of the training config")
     args = parser.parse_args()
     size = "tiny" if args.tiny else "full"
@@ -59,6 +68,10 @@ def main() -> None:
     results = {"train": train(model, runs / "lora", args.resolution, args.options)}
     lora = runs / "lora" / "lora.safetensors"
     results["generate"] = generate(model, lora, runs / "out", args.steps, args.resolution)
+    if args.single_file:
+        file = runs / "model.safetensors"
+        results["export"] = run("-m", "ldm.cli.main", "export", model, "--to", "single-file", "--out", file)
+        results["generate from one file"] = generate(file, lora, runs / "out-file", args.steps, args.resolution)
     print(json.dumps({name: asdict(result) for name, result in results.items()}, indent=2))
 
 
@@ -120,11 +133,25 @@ def run(*words: object) -> Measured:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     os.chdir(ROOT)
     child = os.posix_spawn(sys.executable, [sys.executable, *map(str, words)], environment)
-    _, status, usage = os.wait4(child, 0)
+    ended = anonymous = 0
+    while not ended:
+        anonymous = max(anonymous, _anonymous(child))
+        time.sleep(0.2)
+        ended, status, usage = os.wait4(child, os.WNOHANG)
     if status:
         raise SystemExit(f"{' '.join(map(str, words[:3]))} ... failed ({os.waitstatus_to_exitcode(status)})")
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes elsewhere
-    return Measured(round(time.perf_counter() - start, 1), round(usage.ru_maxrss * unit / 2**30, 2))
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes on macOS, kilobytes elsewhere
+    seconds, cpu = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+    return Measured(round(seconds, 1), round(cpu, 1), round(peak / 2**30, 2), round(anonymous / 2**30, 2))
+
+
+def _anonymous(process: int) -> int:
+    """Bytes that a process has now beside mapped files."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,9 @@ class TextEncoder(nn.Module):
         # The names that every transformers and every other reader knows; 5.6 dropped the prefix in memory only.
         weights = {f"text_model.{name}": weight.contiguous() for name, weight in self.model.state_dict().items()}
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+        # It notes how its last text was cut and padded: the same model would be other files before and after a call.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
 
     @classmethod

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,31 +150,48 @@ def _check_text(text: TextEncoder | None, unet: UNet2DConditionModel, folder: Pa
 
 
 def write_components(components: Components, folder: str | Path) -> None:
-    """Save the parts to `folder` whole or not at all; an older pipeline there is replaced.
+    """Save the parts to `folder` whole or not at all, as `write_parts` does; an older pipeline there is replaced.
 
-    A flow model whose scheduler diffusers' Stable Diffusion pipeline cannot run (the flow matching classes) is saved
-    with DPM-Solver++, which it can. A VQ autoencoder and a missing text encoder are beyond that pipeline altogether,
-    as are maps and labels: such a folder names our own class. Raises UserError if `folder` holds something else
-    or cannot be written.
+    Raises UserError if `folder` holds something else or cannot be written.
+    """
+    with new_pipeline(folder) as partial:
+        write_parts(components, partial)
+
+
+@contextmanager
+def new_pipeline(folder: str | Path) -> Iterator[Path]:
+    """A new folder to write a pipeline into, which takes the place of `folder` at the end, see `whole_folder`.
+
+    Raises UserError if `folder` holds something that is no pipeline.
     """
     folder = Path(folder).resolve()
     if folder.exists() and not (folder / "model_index.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise UserError(
             f"{folder}: found something that is not a pipeline; allowed is a new folder; choose another name"
         )
+    with whole_folder(folder) as partial:
+        yield partial
+
+
+def write_parts(components: Components, folder: Path) -> None:
+    """Save the parts into an empty folder.
+
+    A flow model whose scheduler diffusers' Stable Diffusion pipeline cannot run (the flow matching classes) is saved
+    with DPM-Solver++, which it can. A VQ autoencoder and a missing text encoder are beyond that pipeline altogether,
+    as are maps and labels: such a folder names our own class.
+    """
     scheduler = components.noise_scheduler
     if not hasattr(scheduler, "init_noise_sigma"):
         scheduler = make_scheduler("dpm++", noise_config_of(scheduler))
     unet = getattr(components.unet, "_orig_mod", components.unet)  # torch.compile's wrapper is no part of the model
-    with whole_folder(folder) as partial:
-        components.vae.save_pretrained(partial / "vae", safe_serialization=True)
-        unet.save_pretrained(partial / "unet", safe_serialization=True)
-        scheduler.save_pretrained(partial / "scheduler")
-        for encoder in (components.text_encoder, components.semantic_encoder, components.label_encoder):
-            if encoder is not None:
-                encoder.save_pretrained(partial)
-        index = json.dumps(_model_index(components, scheduler), indent=2) + "\n"
-        (partial / "model_index.json").write_text(index, encoding="utf-8")
+    components.vae.save_pretrained(folder / "vae", safe_serialization=True)
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    for encoder in (components.text_encoder, components.semantic_encoder, components.label_encoder):
+        if encoder is not None:
+            encoder.save_pretrained(folder)
+    index = json.dumps(_model_index(components, scheduler), indent=2) + "\n"
+    (folder / "model_index.json").write_text(index, encoding="utf-8")
 
 
 def _model_index(components: Components, scheduler: SchedulerMixin) -> dict[str, Any]:

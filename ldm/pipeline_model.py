@@ -29,6 +29,10 @@ from ldm.unet import denoise, spatial_channels_of
 logger = logging.getLogger(__name__)
 
 
+class NotFinitePicture(UserError):  # noqa: N818 - it names the thing found
+    """A picture came out as NaN or Inf."""
+
+
 class LatentDiffusionModel(MemorySavers):
     """A latent diffusion model: autoencoder, encoders of its conditions, U-Net and noise scheduler.
 
@@ -185,20 +189,41 @@ class LatentDiffusionModel(MemorySavers):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents as the U-Net sees them [B, C, h, w] -> images [B, 3, H, W] in [-1, 1], float32.
 
-        Raises UserError for a picture that is not finite.
+        An image that overflows in half precision, as those of SDXL's autoencoder do, is decoded again in fp32, with a
+        line that says so. Raises NotFinitePicture for a picture that is not finite all the same.
         """
-        raw = from_unet(self.vae, latents.to(self.vae.dtype))
-        images = decode(self.vae, raw).float()
-        if images.isfinite().all():
+        images = decode(self.vae, from_unet(self.vae, latents.to(self.vae.dtype))).float()
+        halved = self.vae.dtype != torch.float32 or torch.is_autocast_enabled(latents.device.type)
+        # Those alone: an image must not depend on the batch that it was made in.
+        overflowed = _finite(latents) & ~_finite(images)  # [B]
+        if halved and overflowed.any():
+            logger.warning(
+                "the autoencoder overflowed in half precision; %d of %d images are decoded in fp32 instead",
+                int(overflowed.sum()),
+                len(images),
+            )
+            images[overflowed] = self._decode_in_fp32(latents[overflowed])
+        if _finite(images).all():
             return images
-        if self.vae.dtype == torch.float16 and latents.isfinite().all():
-            logger.warning("the autoencoder overflowed in fp16; this batch is decoded in fp32")
-            try:
-                return decode(self.vae.to(torch.float32), from_unet(self.vae, latents.float()))
-            finally:
-                self.vae.to(torch.float16)
-        raise UserError("the picture came out as NaN or Inf; lower the guidance scale, or compute in fp32 (dtype)")
+        cause = "the autoencoder gives it of good latents, in fp32 too; look at its weights (vae)"
+        if not _finite(latents).all():
+            cause = "the U-Net's latents are so; lower the guidance scale, or compute in fp32 (dtype)"
+        raise NotFinitePicture(f"the picture came out as NaN or Inf: {cause}")
+
+    def _decode_in_fp32(self, latents: Tensor) -> Tensor:
+        dtype = self.vae.dtype
+        try:
+            with torch.autocast(latents.device.type, enabled=False):
+                nn.Module.to(self.vae, torch.float32)  # diffusers' own `to` warns of an empty list
+                return decode(self.vae, from_unet(self.vae, latents.float()))
+        finally:
+            nn.Module.to(self.vae, dtype)  # it came from there, so nothing is lost
 
     def networks(self) -> list[nn.Module]:
         """All that has weights."""
         return [self.vae, self.encoders, self.unet]
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """Which entries of a batch hold finite numbers alone, bool [B]."""
+    return tensor.isfinite().flatten(1).all(dim=1)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
+from conditioning.folders import check_stays_inside
 from ldm.errors import UserError, user_input
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ def check_files(folder: Path, parts: Sequence[str]) -> None:
     """
     for part in parts:
         check_config(folder / part / "config.json")
+        with user_input(part or folder.name, ValueError):
+            check_stays_inside(folder / part)
         for path in sorted((folder / part).glob("*.safetensors")):
             refuse_pointer(path)
             with (

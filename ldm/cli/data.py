@@ -1,4 +1,4 @@
-"""Check a folder of images before training on it, write the built-in scenes as such a folder, import semantic maps."""
+"""Check images or shards before training on them, write the built-in scenes as a folder, import semantic maps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="check|scenes|maps")
     check = commands.add_parser("check", help="list every image that cannot be used, with the reason")
     check.description = "Exit code 0: all can be used; 1: some cannot; 2: the folder as a whole cannot."
-    check.add_argument("root", metavar="ROOT", help="folder with metadata.jsonl|csv, class subfolders, or just images")
+    check.add_argument(
+        "root", metavar="ROOT", help="folder with metadata.jsonl|csv, class subfolders, just images, or .tar shards"
+    )
     check.add_argument("--caption-column", default="text", metavar="NAME", help="of the metadata file (default text)")
     check.add_argument("--min-side", type=int, default=64, metavar="PX", help="warn of smaller images (default 64)")
     check.add_argument("--buckets", action="store_true", help="count the images of each aspect-ratio bucket")
@@ -136,5 +138,6 @@ def _print_warnings(report: CheckReport) -> None:
 
 
 def _printable(text: str) -> str:
-    """File names may hold bytes that are no UTF-8; they are shown escaped."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """File names may hold bytes that are no UTF-8, and line breaks; they are shown escaped, so a line is a file."""
+    shown = "".join(letter if letter >= " " else ascii(letter)[1:-1] for letter in text)
+    return shown.encode("utf-8", "backslashreplace").decode("utf-8")

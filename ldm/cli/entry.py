@@ -37,10 +37,10 @@ def run_command(name: str, command: Callable[[], int | None]) -> int:
         return 128 + signal.SIGINT
 
 
-def run_training(name: str, description: str | None, train: Callable[[Path, list[str]], None]) -> int:
+def run_training(name: str, description: str | None, train: Callable[[Path, list[str]], int | None]) -> int:
     """The command line of both training scripts: CONFIG key.sub=value ..."""
     parser = Parser(prog=name, description=description)
-    parser.add_argument("config", type=Path, help="a YAML file, see configs/")
+    parser.add_argument("config", type=Path, help="a YAML file, see configs/; or RUN/failure/step-N, to replay it")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace single values of the config")
     arguments = parser.parse_args()
     return run_command(name, lambda: train(arguments.config, arguments.overrides))
@@ -63,7 +63,9 @@ def check_out_folder(out: Path) -> None:
 
 
 def _one_line(error: UserError | OSError) -> str:
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}"
-    return " ".join(str(error).split())
+        text = f"{place}{error.strerror}"
+    # A name in a stranger's file may hold what a terminal takes for an order.
+    return "".join(sign if sign.isprintable() else "?" for sign in " ".join(text.split()))

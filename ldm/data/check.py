@@ -19,6 +19,7 @@ from ldm.data.folder import FolderSource
 from ldm.data.folder_index import ScannedEntries, walk_files
 from ldm.data.images import SUFFIXES
 from ldm.data.sample import BadSample
+from ldm.data.shards import ShardsSource
 
 _Found = tuple[str, bool, int | None] | BadSample
 """Key, whether there is a caption, and label of a usable sample."""
@@ -82,7 +83,8 @@ def check_folder(
     progress: bool = True,
     on_unusable: Callable[[Problem], None] = lambda problem: None,
 ) -> CheckReport:
-    """Read every image of a folder (layouts: `FolderSource`) and report what cannot be used or looks wrong.
+    """Read every image of a folder (layouts: `FolderSource`) or of shards (`ShardsSource`); report what cannot be used
+    or looks wrong.
 
     `on_unusable` hears of each unusable file as soon as it is found. Files with a short side below `min_side` pixels
     are warned of. The images of each of `buckets` are counted (shapes as `bucket_sizes` gives them). Raises `UserError`
@@ -94,16 +96,38 @@ def check_folder(
         report.unusable.append(Problem(name, reason))
         on_unusable(report.unusable[-1])
 
-    source = FolderSource(root, caption_column=caption_column, on_problem=unusable)
+    source = _open(root, caption_column, unusable)
     report.images = len(source) + len(report.unusable)
     readable = _check_headers(source, report, unusable, min_side, buckets, progress)
     _check_pixels(source, readable, report, unusable, threads or min(8, os.cpu_count() or 1), progress)
-    _check_names(source, report)
+    if isinstance(source, FolderSource):
+        _check_names(source, report)
+    else:
+        _warn_of_skipped(source.index.skipped, report)
     return report
 
 
+def _open(root: str | Path, caption_column: str, on_problem: Callable[[str, str], None]) -> FolderSource | ShardsSource:
+    """A folder of images, or shards: a folder that holds .tar files and nothing else to read, or no folder at all."""
+    folder = Path(root)
+    archives = folder.is_dir() and any(folder.glob("*.tar")) and not any(folder.glob("metadata.*"))
+    named = not folder.is_dir() and str(root).endswith(".tar")
+    if named or (archives and not any(_suffix_of(name) in SUFFIXES for name in walk_files(folder))):
+        return ShardsSource(root, caption_column=caption_column)
+    return FolderSource(root, caption_column=caption_column, on_problem=on_problem)
+
+
+def _suffix_of(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
+
+
+def _warn_of_skipped(skipped: Counter[str], report: CheckReport) -> None:
+    for suffix, count in sorted(skipped.items()):
+        report.warn("not read, unknown suffix", f"{count} files {suffix}")
+
+
 def _check_headers(
-    source: FolderSource,
+    source: FolderSource | ShardsSource,
     report: CheckReport,
     unusable: Callable[[str, str], None],
     min_side: int,
@@ -135,7 +159,7 @@ def _check_headers(
 
 
 def _check_pixels(
-    source: FolderSource,
+    source: FolderSource | ShardsSource,
     indices: Sequence[int],
     report: CheckReport,
     unusable: Callable[[str, str], None],
@@ -158,7 +182,7 @@ def _check_pixels(
     report.classes = {source.classes[label]: count for label, count in sorted(labels.items())}
 
 
-def _look_at(source: FolderSource, index: int) -> _Found:
+def _look_at(source: FolderSource | ShardsSource, index: int) -> _Found:
     """What is there; the pixels are let go at once."""
     try:
         sample = source.read(index)
@@ -177,8 +201,7 @@ def _in_threads(work: Callable[[int], _Found], items: Sequence[int], threads: in
 def _check_names(source: FolderSource, report: CheckReport) -> None:
     """Warn of files that nobody will read, and of images that share one caption file."""
     if isinstance(source.entries, ScannedEntries):
-        for suffix, count in sorted(source.entries.skipped.items()):
-            report.warn("not read, unknown suffix", f"{count} files {suffix}")
+        _warn_of_skipped(source.entries.skipped, report)
         stems = Counter(posixpath.splitext(source.key(index))[0] for index in range(len(source)))
         for stem in sorted(stem for stem, count in stems.items() if count > 1):
             report.warn("same name but for the suffix, so they share a caption file", f"{stem}.*")
@@ -187,5 +210,5 @@ def _check_names(source: FolderSource, report: CheckReport) -> None:
     listed = {name for row in rows for name in (row.file_name, row.semantic, row.mask)}
     listed |= {problem.name for problem in report.unusable}
     for name in sorted(walk_files(source.root)):
-        if posixpath.splitext(name)[1].lower() in SUFFIXES and name not in listed:
+        if _suffix_of(name) in SUFFIXES and name not in listed:
             report.warn("not in the metadata file, so not read", name)

@@ -18,6 +18,7 @@ from ldm.data.folder import FolderSource
 from ldm.data.huggingface import HuggingFaceSource
 from ldm.data.naming import renumbering
 from ldm.data.sample import UNKNOWN_CLASS, BadSample, Sample, Source
+from ldm.data.shards import ShardsSource
 from ldm.errors import UserError
 
 
@@ -156,7 +157,7 @@ def _union(lists: Iterable[Sequence[str]]) -> tuple[str, ...]:
 
 def _name(source: Source, number: int) -> str:
     """What the keys of a part begin with: its folder; a combination of folders names them itself."""
-    if isinstance(source, FolderSource | HuggingFaceSource):
+    if isinstance(source, FolderSource | ShardsSource | HuggingFaceSource):
         return f"{source.root}/"
     return "" if _of_folders(source) else f"part {number}/"
 
@@ -164,7 +165,7 @@ def _name(source: Source, number: int) -> str:
 def _of_folders(source: Source) -> bool:
     if isinstance(source, CombinedSource):
         return all(_of_folders(part.source) for part in source.parts)
-    return isinstance(source, FolderSource | HuggingFaceSource)
+    return isinstance(source, FolderSource | ShardsSource | HuggingFaceSource)
 
 
 def _all_names(name: str, source: Source) -> tuple[str, ...]:

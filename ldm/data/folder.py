@@ -14,13 +14,15 @@ from PIL import Image
 
 from conditioning.class_file import read_classes
 from ldm.data.folder_index import ScannedEntries
-from ldm.data.images import open_image, open_mask, open_semantic, read_header
+from ldm.data.images import open_image, open_mask, open_plain, open_semantic, read_header
 from ldm.data.metadata import METADATA_NAMES, MetadataEntries, OnProblem, Row, stop_at_problem
 from ldm.data.sample import UNKNOWN_CLASS, BadSample, Sample
 from ldm.errors import UserError, user_input
 
 CLASSES_NAME = "classes.txt"
 """The class file of the semantic maps, see conditioning/class_file.py."""
+MOST_CAPTION_BYTES = 1 << 20
+"""A longer file is no caption."""
 _MOST_CLASSES = 1_000_000
 _OTHER_CAPTION_COLUMNS = ("caption", "captions", "prompt")
 
@@ -54,11 +56,13 @@ class FolderSource:
             self.entries = MetadataEntries(self.metadata_path, caption_column, on_problem)
             _check_caption_column(self.entries, caption_column)
         if not len(self.entries):
-            raise UserError(f"{self.root}: it holds no images; put images or a metadata.jsonl there")
+            shards = next(self.root.glob("*.tar"), None)
+            cure = "for its .tar files set data.source: shards" if shards else "put images or a metadata.jsonl there"
+            raise UserError(f"{self.root}: it holds no images; {cure}")
         self._parts = frozenset(self.entries.contents.parts)
         self.classes = _classes(self.entries.contents.labels, self.root)
         self._label_index = {name: index for index, name in enumerate(self.classes)}
-        self.semantic_classes = _semantic_classes(self.root)
+        self.semantic_classes = read_semantic_classes(self.root)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -106,10 +110,14 @@ class FolderSource:
             return row.captions
         path = self.root / (posixpath.splitext(row.file_name)[0] + ".txt")
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            with open_plain(path) as file:
+                content = file.read(MOST_CAPTION_BYTES + 1)
+            if len(content) > MOST_CAPTION_BYTES:
+                raise ValueError(f"it has more than {MOST_CAPTION_BYTES} bytes")
+            lines = content.decode("utf-8-sig").splitlines()
         except (FileNotFoundError, NotADirectoryError):
             return ("",)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise BadSample(row.file_name, f"its caption file {path.name} cannot be read ({error})") from error
         return tuple(line.strip() for line in lines if line.strip()) or ("",)
 
@@ -170,8 +178,9 @@ def _classes(labels: set[str | int], root: Path) -> tuple[str, ...]:
     return tuple(str(number) for number in range(max(numbers) + 1)) if numbers else tuple(names)
 
 
-def _semantic_classes(root: Path) -> tuple[str, ...]:
-    path = root / CLASSES_NAME
+def read_semantic_classes(folder: Path) -> tuple[str, ...]:
+    """The names in the folder's classes.txt, () if there is none. Raises `UserError`."""
+    path = folder / CLASSES_NAME
     if not path.is_file():
         return ()
     with user_input(str(path)):

@@ -6,13 +6,14 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 
 from ldm.data.images import SUFFIXES
 from ldm.data.metadata import Contents, Row
-from ldm.errors import UserError
+from ldm.errors import UserError, user_input
 
 
 class PackedStrings:
@@ -22,6 +23,27 @@ class PackedStrings:
         encoded = [os.fsencode(string) for string in strings]
         self._bytes = b"".join(encoded)
         self._ends = np.cumsum([len(piece) for piece in encoded], dtype=np.int64)
+
+    @classmethod
+    def of(cls, packed: np.ndarray, ends: np.ndarray) -> PackedStrings:
+        """From `packed` and `ends` as they were. Raises ValueError if these do not fit."""
+        if packed.dtype != np.uint8 or ends.dtype != np.int64 or (np.diff(ends, prepend=0) < 0).any():
+            raise ValueError("these are no packed strings")
+        if len(packed) != (ends[-1] if len(ends) else 0):
+            raise ValueError("the packed strings are cut short")
+        made = cls(())
+        made._bytes, made._ends = packed.tobytes(), ends
+        return made
+
+    @property
+    def packed(self) -> np.ndarray:
+        """The strings one after the other, uint8."""
+        return np.frombuffer(self._bytes, dtype=np.uint8)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Where each ends, int64."""
+        return self._ends
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -68,19 +90,33 @@ def walk_files(root: Path) -> Iterator[str]:
     folders = [""]
     while folders:
         folder = folders.pop()
-        status = (root / folder).stat()
+        with _readable(root / folder):
+            status = (root / folder).stat()
         if (status.st_dev, status.st_ino) in seen:  # a link to a folder above would never end
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(root / folder) as entries:
+        with _readable(root / folder):
+            scanned = os.scandir(root / folder)
+        with scanned as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir():
+                if _is_folder(entry):
                     folders.append(name)
                 else:
                     yield name
+
+
+def _readable(folder: Path) -> AbstractContextManager[None]:
+    return user_input(f"{folder}: it cannot be read, allow it or move it out of the data", OSError)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: found out when it is read
+        return False
 
 
 def _are_labelled(names: list[str], root: Path) -> bool:

@@ -5,13 +5,16 @@ Only the formats of `FORMATS` are opened. Pillow's pixel limit stays on. A failu
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -107,8 +110,26 @@ def _load(file: str | Path | bytes) -> Image.Image:
     return _load_with_bits(file)[0]
 
 
-def _opened(file: str | Path | bytes) -> ImageFile.ImageFile:
-    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+def open_plain(path: str | Path) -> BinaryIO:
+    """Open a file to read, but no pipe or device, which would wait or go on for ever. Raises OSError."""
+    # O_NONBLOCK: to open a pipe waits for one who writes. It is nothing to a plain file.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError("it is no plain file but a pipe or a device")
+
+
+@contextmanager
+def _opened(file: str | Path | bytes) -> Iterator[ImageFile.ImageFile]:
+    with (
+        io.BytesIO(file) if isinstance(file, bytes) else open_plain(file) as stream,
+        Image.open(stream, formats=FORMATS) as image,
+    ):
+        yield image
 
 
 def _load_with_bits(file: str | Path | bytes) -> tuple[Image.Image, int | None]:
@@ -154,9 +175,13 @@ def _reason(error: Exception, file: str | Path | bytes) -> str:
         return "it is a folder"
     if isinstance(error, PermissionError):
         return "no permission to read it"
+    if isinstance(error, OSError) and error.strerror:
+        return f"it cannot be read ({error.strerror})"
     if isinstance(error, Image.DecompressionBombError):
         return f"too many pixels ({error})".replace(", could be decompression bomb DOS attack.", "")
     message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if message.startswith("it is no plain file"):
+        return message
     if isinstance(error, UnidentifiedImageError):
         return _what_it_is(_first_bytes(file))
     if "truncated" in message.lower() or isinstance(error, EOFError):
@@ -167,7 +192,7 @@ def _reason(error: Exception, file: str | Path | bytes) -> str:
 def _first_bytes(file: str | Path | bytes) -> bytes:
     if isinstance(file, bytes):
         return file[:64]
-    with Path(file).open("rb") as stream:
+    with open_plain(file) as stream:
         return stream.read(64)
 
 

@@ -21,11 +21,14 @@ from autoencoder.latents import encode
 from autoencoder.model import Autoencoder, downsampling_factor, latent_channels
 from ldm.data.buckets import Buckets
 from ldm.data.latent_rows import HEADER, MOMENTS, OFFSETS, Layout, expected_header, layout_of
+from ldm.data.loader import dead_worker_told
 from ldm.data.sample import BadSample, Source
 from ldm.data.share import Share
 from ldm.data.sources import DataConfig
 from ldm.data.transforms import Geometry, apply_geometry
 from ldm.errors import UserError, user_input
+
+_OVERFLOWED = "its latents are NaN or Inf, or beyond what the cache can hold (65,504)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ def build_cache(
     ]
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        with user_input(f"latent cache {folder}: cannot be written", OSError):
+        with user_input(f"latent cache {folder}: cannot be written", OSError), dead_worker_told():
             _build(partial, header, source, config, autoencoder, build, share, buckets)
             if share.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -176,33 +179,37 @@ def _write_moments(
     )
     with tqdm(total=len(places), desc="latent cache", unit="image", disable=share.rank != 0) as progress:
         for items in loader:
-            bad += [(place, *image) for place, image in items if not isinstance(image, Tensor)]
-            good = [(place, image) for place, image in items if isinstance(image, Tensor)]
+            bad += [(place, key, reason) for place, key, reason in items if isinstance(reason, str)]
+            good = [(place, key, image) for place, key, image in items if isinstance(image, Tensor)]
             if good:
                 bucket = buckets.bucket_of(good[0][0])
-                places_in_bucket = [place - buckets.starts[bucket] for place, _ in good]
-                pixels = torch.stack([image for _, image in good])  # [B, 3, H, W]
-                rows[bucket][places_in_bucket] = _encode_both_ways(autoencoder, pixels, flips=flips)
+                places_in_bucket = [place - buckets.starts[bucket] for place, _, _ in good]
+                pixels = torch.stack([image for _, _, image in good])  # [B, 3, H, W]
+                encoded = _encode_both_ways(autoencoder, pixels, flips=flips)
+                rows[bucket][places_in_bucket] = encoded
+                finite = np.isfinite(encoded).all(axis=tuple(range(1, encoded.ndim)))  # [B]
+                bad += [(*good[row][:2], _OVERFLOWED) for row in np.flatnonzero(~finite)]
             progress.update(len(items))
     moments.flush()
     return bad
 
 
-class _Images(Dataset[tuple[int, "Tensor | tuple[str, str]"]]):
-    """Place and image [3, H, W], or the key and reason of a sample that cannot be used. Runs in the workers."""
+class _Images(Dataset[tuple[int, str, "Tensor | str"]]):
+    """Place, key, and image [3, H, W] or the reason why it cannot be used. Runs in the workers."""
 
     def __init__(self, source: Source, buckets: Buckets) -> None:
         self._source, self.buckets = source, buckets
 
-    def __getitem__(self, place: int) -> tuple[int, Tensor | tuple[str, str]]:
+    def __getitem__(self, place: int) -> tuple[int, str, Tensor | str]:
         size = self.buckets.sizes[self.buckets.bucket_of(place)]
         try:
-            image = apply_geometry(self._source.read(self.buckets.index(place)), size, Geometry()).image
+            sample = self._source.read(self.buckets.index(place))
+            image = apply_geometry(sample, size, Geometry()).image
         except BadSample as error:
-            return place, (error.key, error.reason)
+            return place, error.key, error.reason
         if image is None:
             raise TypeError("a source read with its image gives an image")
-        return place, image
+        return place, sample.key, image
 
 
 def _encode_both_ways(autoencoder: Autoencoder, images: Tensor, *, flips: bool) -> np.ndarray:

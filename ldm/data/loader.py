@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -280,6 +281,26 @@ def _stack_known(parts: Sequence[Tensor | None], unknown: int) -> Tensor | None:
 
 def _weights(weights: Sequence[float]) -> Tensor | None:
     return None if all(weight == 1.0 for weight in weights) else torch.tensor(weights, dtype=torch.float32)
+
+
+@contextmanager
+def dead_worker_told() -> Iterator[None]:
+    """Inside, a worker that was killed from outside is one line.
+
+    torch raises it wherever the process happens to be, from a handler of SIGCHLD, so this goes round the whole loop.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = " ".join(str(error).split())
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it would raise again for each worker that now ends
+        raise UserError(
+            f"data: a process that reads images has died ({reason}): often the machine ran out of memory; lower "
+            "training.workers (cache.workers while latents are cached), and start the same command again to go on"
+        ) from error
 
 
 def _as_it_is(item: Any) -> Any:

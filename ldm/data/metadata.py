@@ -10,7 +10,7 @@ import json
 import os
 import posixpath
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,7 +103,10 @@ class MetadataEntries:
     def _scan(self, on_problem: OnProblem) -> Iterator[tuple[int, int, dict[str, object]]]:
         """(byte offset, line number, values by column) of every row."""
         with self.path.open("rb") as file:
-            file.seek(_after_byte_order_mark(file.read(3)))
+            start = file.read(4096)
+            if b"\0" in start:  # JSON would guess UTF-16, line by line
+                raise UserError(f"{self.path}: it is no UTF-8 text (UTF-16, perhaps); save it as UTF-8")
+            file.seek(_after_byte_order_mark(start[:3]))
             yield from self._scan_csv(file, on_problem) if self.path.suffix == ".csv" else _scan_jsonl(file, on_problem)
 
     def _scan_csv(self, file: Iterable[bytes], on_problem: OnProblem) -> Iterator[tuple[int, int, dict[str, object]]]:
@@ -174,6 +177,8 @@ def _path(values: dict[str, object], column: str) -> str | None:
         return None
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"{column} is {value!r}; it must be a path relative to the folder")
+    if any("\ud800" <= letter <= "\udbff" for letter in value):
+        raise ValueError(f"{column} holds half a character ({value!a}); mend what wrote it")
     path = posixpath.normpath(value)
     if path.startswith(("/", "../")) or path == "..":
         raise ValueError(f"{column} {value!r} leaves the folder; paths must stay inside it")
@@ -187,7 +192,23 @@ def _captions(values: dict[str, object], column: str) -> tuple[str, ...] | None:
         return None
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{column} is {value!r}; it must be a caption or a list of captions")
+    check_captions(captions, column)
     return tuple(captions) or None
+
+
+def check_captions(captions: Sequence[str], where: str) -> None:
+    """Raise ValueError for one that no tokenizer can read: JSON may spell half of a character (\\ud83d)."""
+    for caption in captions:
+        if not _is_text(caption):
+            raise ValueError(f"{where} holds half a character ({caption[:40]!a}); mend what wrote it")
+
+
+def _is_text(string: str) -> bool:
+    try:
+        string.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _label(value: object, from_csv: bool) -> str | int | None:
@@ -208,8 +229,9 @@ def _scan_jsonl(file: Iterable[bytes], on_problem: OnProblem) -> Iterator[tuple[
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
-            on_problem(f"metadata.jsonl line {number}", f"it is not JSON ({error})")
+        except (ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            on_problem(f"metadata.jsonl line {number}", f"it is not JSON ({reason})")
             continue
         if isinstance(values, dict):
             yield start, number, values

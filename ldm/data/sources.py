@@ -11,6 +11,7 @@ from ldm.data.folder import FolderSource
 from ldm.data.huggingface import HuggingFaceSource
 from ldm.data.sample import Source
 from ldm.data.scenes import ScenesConfig, ScenesSource
+from ldm.data.shards import ShardsSource
 from ldm.errors import UserError
 
 
@@ -33,9 +34,10 @@ class DataFolder:
 class DataConfig:
     """Where the samples come from and how they are cropped."""
 
-    source: Literal["folder", "huggingface", "scenes"] = "folder"
+    source: Literal["folder", "shards", "huggingface", "scenes"] = "folder"
     root: str | None = None
-    """folder: the folder. huggingface: a folder, a .parquet or .arrow file, or a hub id (only that is downloaded)."""
+    """folder: the folder. shards: a folder of .tar files, or FOLDER/{000..099}.tar, or FOLDER/*.tar.
+    huggingface: a folder, a .parquet or .arrow file, or a hub id (only that is downloaded)."""
     folders: tuple[DataFolder, ...] | None = None
     """folder: several of them, in place of `root`. Labels and classes of maps are joined by name."""
     split: str = "train"
@@ -101,12 +103,15 @@ def open_source(config: DataConfig) -> Source:
         ]
         return CombinedSource([Part(source, folder.repeats, folder.weight) for folder, source in folders])
     if not config.root:
-        example = "a folder of images" if config.source == "folder" else "a local dataset or a hub id"
+        examples = {"folder": "a folder of images", "shards": "a folder of .tar files"}
+        example = examples.get(config.source, "a local dataset or a hub id")
         raise UserError(
             f"data.root: found nothing for source {config.source}; give {example}, or set data.source: scenes"
         )
     if config.source == "folder":
         return FolderSource(config.root, caption_column=config.caption_column)
+    if config.source == "shards":
+        return ShardsSource(config.root, caption_column=config.caption_column)
     return HuggingFaceSource(
         config.root,
         split=config.split,

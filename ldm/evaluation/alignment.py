@@ -12,27 +12,12 @@ from torch.nn import functional as F
 
 from ldm.errors import UserError
 from ldm.evaluation.bootstrap import mean_estimate, metric_seed
+from ldm.evaluation.features import SeenThrough
 from ldm.evaluation.measurement import Measurement, Setting, check_count
 
 
-class JointModel(Protocol):
+class JointModel(SeenThrough, Protocol):
     """Images and texts in one space; `ldm.evaluation.clip_model.ClipModel` is one."""
-
-    @property
-    def name(self) -> str:
-        """Which network."""
-
-    @property
-    def weights(self) -> str:
-        """16 hex digits that change with any weight."""
-
-    @property
-    def resolution(self) -> int:
-        """Side in pixels that images are brought to."""
-
-    @property
-    def resize_filter(self) -> str:
-        """How."""
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> [B, D]."""

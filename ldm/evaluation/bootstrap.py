@@ -61,10 +61,12 @@ def mean_estimate(values: Tensor, seed: int, notes: tuple[str, ...] = ()) -> Est
     return Estimate(values.mean().item(), low, high, notes)
 
 
-def spread_estimate(value: float, replicates: Tensor, notes: tuple[str, ...] = ()) -> Estimate:
-    """`value` +- 1.96 standard deviations of the resampled values [R]."""
+def spread_estimate(
+    value: float, replicates: Tensor, notes: tuple[str, ...] = (), least: float = -math.inf
+) -> Estimate:
+    """`value` +- 1.96 standard deviations of the resampled values [R], cut at the `least` that it can be."""
     reach = NORMAL_QUANTILE * replicates.std().item()
-    return Estimate(value, value - reach, value + reach, notes)
+    return Estimate(value, max(least, value - reach), value + reach, notes)
 
 
 def share_estimate(hits: Tensor, notes: tuple[str, ...] = ()) -> Estimate:

@@ -36,8 +36,8 @@ class Features:
     """[n, K]: Inception score. None where the extractor is no classifier."""
 
 
-class FeatureExtractor(Protocol):
-    """A frozen network, or a measurement, that turns images into features."""
+class SeenThrough(Protocol):
+    """What every figure must tell of the network, or the measurement, that images are seen through."""
 
     @property
     def name(self) -> str:
@@ -54,6 +54,10 @@ class FeatureExtractor(Protocol):
     @property
     def resize_filter(self) -> str:
         """How: `RESIZE_FILTER` or `NOT_RESIZED`."""
+
+
+class FeatureExtractor(SeenThrough, Protocol):
+    """A frozen network, or a measurement, that turns images into features."""
 
     def extract(self, images: Tensor) -> Features:
         """Images [B, 3, H, W] in [-1, 1] of any size -> features of B rows."""

@@ -46,7 +46,7 @@ def fid(samples: Tensor, reference: Moments, seed: int = 0, replicates: int = 10
         notes.append(f"warning: {reference.count} reference images, fewer than {FEW_IMAGES}")
     if len(rows) <= rows.shape[1]:
         notes.append(f"no more images than features ({rows.shape[1]}): the covariance is singular")
-    return spread_estimate(value, values, tuple(notes))
+    return spread_estimate(value, values, tuple(notes), least=0.0)
 
 
 def _factor(covariance: Tensor) -> Tensor:

@@ -95,7 +95,9 @@ def missing(what: str, line: str) -> Html:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int] = ()) -> Html:
     """A table; the columns `numbers` are set to the right."""
-    head = "".join(tag("th", word) for word in heads)
+    head = "".join(
+        tag("th", word, class_="number") if i in numbers else tag("th", word) for i, word in enumerate(heads)
+    )
     lines = []
     for row in rows:
         cells = (tag("td", cell, class_="number") if i in numbers else tag("td", cell) for i, cell in enumerate(row))
@@ -117,7 +119,8 @@ def page(
     title: str, subtitle: str, verdicts: Sequence[tuple[str, str]], sections: Sequence[tuple[str, str, Html]]
 ) -> str:
     """The whole page: verdicts as (what, words), then sections as (anchor, title, content)."""
-    lines = "".join(tag("li", tag("b", f"{what}:"), words) for what, words in verdicts)
+    lines = [tag("li", tag("b", f"{what}:"), words) for what, words in verdicts]
+    listed = tag("ul", *lines, class_="verdicts") if lines else EMPTY
     links = "".join(tag("a", name, href=f"#{anchor}") for anchor, name, _ in sections)
     body = "".join(
         f'<section id="{escaped(anchor)}">{tag("h2", name)}{content}</section>' for anchor, name, content in sections
@@ -128,7 +131,7 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escaped(title)}</title><style>{STYLE}</style></head>\n<body>"
         f"{tag('h1', title)}{tag('p', subtitle, class_='sub')}"
-        f'<ul class="verdicts">{lines}</ul><nav>{links}</nav>\n{body}\n'
+        f"{listed}<nav>{links}</nav>\n{body}\n"
         "<footer>Made by ldm. This file holds all that it shows. Click a picture to enlarge it.</footer>"
         "</body></html>\n"
     )

@@ -93,7 +93,9 @@ def heat_map(
             _cell(counts[name].get(other, 0), sum(counts[name].values()), name, other, left + cell * i, y, cell)
             for i, other in enumerate(columns)
         ]
-    turned = f'transform="translate(13 {top + cell * len(rows) / 2:.1f}) rotate(-90)"'
+    # Of few rows the turned label is longer than they are: it ends where they end.
+    middle = top + cell * len(rows) - max(cell * len(rows), 6.0 * len(row_label)) / 2
+    turned = f'transform="translate(13 {middle:.1f}) rotate(-90)"'
     parts.append(f'<text class="label middle" {turned}>{escaped(row_label)}</text>')
     width, height = int(left + cell * len(columns) + 40), int(top + cell * len(rows) + 12)
     return svg("".join(parts), title, max(width, 320), height)

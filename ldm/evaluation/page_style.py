@@ -20,8 +20,8 @@ border-radius:6px;background:var(--panel)}
 ul.verdicts li{padding:9px 16px;border-top:1px solid var(--edge);overflow-wrap:anywhere}
 ul.verdicts li:first-child{border-top:0}
 ul.verdicts b{margin-right:6px}
-nav{font-size:13px;margin:10px 0}
-nav a{color:var(--s0);margin-right:14px;text-decoration:none;white-space:nowrap}
+nav{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px;margin:10px 0}
+nav a{color:var(--s0);text-decoration:none}
 .missing{border:1px dashed var(--edge);border-radius:6px;padding:8px 14px;color:var(--soft);
 font-size:14px;max-width:none}
 .missing b{color:var(--warn)}
@@ -35,18 +35,20 @@ img{display:block;max-width:100%;border-radius:4px;background:var(--panel)}
 figure.shown:focus img{position:fixed;inset:0;margin:auto;width:auto;max-width:92vw;
 height:min(92vh,92vw);object-fit:contain;z-index:9;border-radius:0;box-shadow:0 0 0 200vmax rgba(0,0,0,.7)}
 figcaption{font-size:12px;line-height:1.35;margin-top:4px;overflow-wrap:anywhere}
-.flag{color:var(--bad);font-weight:600}.ok{color:var(--good);font-weight:600}
+.flag{color:var(--bad);font-weight:600}.ok{color:var(--good);font-weight:600}.unsure{color:var(--warn);font-weight:600}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;margin:12px 0;font-size:13px;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding-bottom:4px}
 th,td{padding:5px 10px;border-bottom:1px solid var(--edge);text-align:left;vertical-align:top}
 th{color:var(--soft);font-weight:600;white-space:nowrap}
-td.number{text-align:right;white-space:nowrap}
+td.number,th.number{text-align:right;white-space:nowrap}
+td.tight{white-space:nowrap}
 td.value{font-weight:600;font-size:14px}
 td.small{color:var(--soft);font-size:12px;min-width:9em}
+td.words{color:var(--soft);font-size:12px;width:100%}
 tr.best td.value{color:var(--good)}
 .plots{display:flex;flex-wrap:wrap;gap:18px;margin:12px 0;align-items:flex-start}
-svg.plot{width:100%;flex:1 1 420px;height:auto;background:var(--panel);border:1px solid var(--edge);border-radius:6px}
+svg.plot{width:100%;flex:1 1 auto;height:auto;background:var(--panel);border:1px solid var(--edge);border-radius:6px}
 svg text{fill:var(--ink);font:11px system-ui,sans-serif}
 svg .title{font-size:13px;font-weight:600}
 svg .tick{fill:var(--soft);font-size:11px}

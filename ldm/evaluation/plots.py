@@ -89,9 +89,10 @@ def line_plot(
 def svg(content: str, title: str, width: int, height: int) -> Html:
     """An SVG element that shrinks with the page, under a title that is read aloud too."""
     words = escaped(title)
+    size = f"max-width:{width}px;flex-basis:{0.9 * width:.0f}px"
     return Html(
-        f'<svg class="plot" role="img" aria-label="{words}" viewBox="0 0 {width} {height}" '
-        f'style="max-width:{width}px"><text class="title" x="{_LEFT}" y="16">{words}</text>{content}</svg>'
+        f'<svg class="plot" role="img" aria-label="{words}" viewBox="0 0 {width} {height}" style="{size}">'
+        f'<text class="title" x="{_LEFT}" y="16">{words}</text>{content}</svg>'
     )
 
 
@@ -99,7 +100,7 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten inside low..high, about `count` of them."""
     rough = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next((factor * power for factor in (1, 2, 5) if factor * power >= rough), 10 * power)
+    step = min((1, 2, 5, 10), key=lambda factor: abs(math.log(factor * power / rough))) * power
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
 

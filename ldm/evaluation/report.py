@@ -12,7 +12,7 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.evaluation.measurement import Measurement
-from ldm.evaluation.page import missing, page, table
+from ldm.evaluation.page import missing, note, page, table
 from ldm.evaluation.page_text import EMPTY, Html, tag
 from ldm.files import write_text
 
@@ -85,27 +85,41 @@ def attempt(name: str, title: str, make: Callable[[], Section]) -> Section:
 
 
 def figures_table(figures: Sequence[Measurement]) -> Html:
-    """Every figure with its interval and all that it must not be quoted without."""
-    heads = ("", "value", "95 % interval", "better", "n", "reference", "px", "seen through", "resized", "to know")
+    """Every figure with its interval and all that it must not be quoted without; what all share is told once, below."""
+    settings = [_setting_words(figure) for figure in figures]
+    shared = {name: words for name, words in settings[0].items() if all(one[name] == words for one in settings)}
+    apart = [name for name in settings[0] if name not in shared]
+    notes = any(figure.estimate.notes for figure in figures)
     rows = []
-    for figure in figures:
-        setting, estimate = figure.setting, figure.estimate
-        count = "" if setting.reference_n is None else f" ({setting.reference_n:,} images)"
-        reference = "–" if setting.reference is None else f"{setting.reference}{count}"
+    for figure, setting in zip(figures, settings, strict=True):
+        estimate = figure.estimate
         interval = "–" if estimate.low is None or estimate.high is None else f"{estimate.low:.4g} … {estimate.high:.4g}"
         arrow = {"lower": "↓ lower", "higher": "↑ higher", "neither": "–"}[figure.better]
         cells = [
             tag("td", tag("b", figure.label)),
             tag("td", f"{estimate.value:.4g} {figure.unit}".strip(), class_="number value"),
             tag("td", interval, class_="number"),
-            tag("td", arrow),
-            tag("td", f"{setting.n:,}", class_="number"),
-            *(tag("td", text, class_="small") for text in (reference, setting.resolution, setting.extractor)),
-            *(tag("td", text, class_="small") for text in (setting.resize_filter, "; ".join(estimate.notes))),
+            tag("td", arrow, class_="tight"),
+            *(tag("td", setting[name], class_="small") for name in apart),
+            *([tag("td", "; ".join(estimate.notes), class_="words")] if notes else []),
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = "".join(tag("th", word) for word in heads)
-    return Html(f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>')
+    numbers = [tag("th", word, class_="number") for word in ("value", "95 % interval")]
+    heads = [tag("th", ""), *numbers, *(tag("th", word) for word in ("better", *apart, *["to know"] * notes))]
+    below = note("; ".join(f"{name}: {words}" for name, words in shared.items()))
+    return Html(f'<div class="scroll"><table><tr>{"".join(heads)}</tr>{"".join(rows)}</table></div>{below}')
+
+
+def _setting_words(figure: Measurement) -> dict[str, str]:
+    setting = figure.setting
+    count = "" if setting.reference_n is None else f" ({setting.reference_n:,} images)"
+    return {
+        "n": f"{setting.n:,}",
+        "reference": "–" if setting.reference is None else f"{setting.reference}{count}",
+        "px": str(setting.resolution),
+        "seen through": setting.extractor,
+        "resized": setting.resize_filter,
+    }
 
 
 def to_json(values: Any) -> str:
@@ -114,7 +128,7 @@ def to_json(values: Any) -> str:
 
 
 def interval_text(figure: Measurement) -> str:
-    """`87.5 % [77.2, 93.5]` of a share, `12.3 [11.8, 12.9]` of anything else."""
+    """`12.3 [11.8, 12.9]`, with the unit if there is one."""
     return estimate_text(figure.value, figure.estimate.low, figure.estimate.high, figure.unit)
 
 

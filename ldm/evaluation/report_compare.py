@@ -46,7 +46,8 @@ def best_of(figures: Mapping[str, Measurement]) -> str | None:
 def comparison_section(contenders: Sequence[Contender]) -> Section:
     """The table. Green is the best; red is what lies apart from it, interval against interval."""
     keys = list(dict.fromkeys(key for one in contenders for key in one.figures))
-    head = "".join(tag("th", word) for word in ("", "better", *(one.label for one in contenders), "measured on"))
+    named = [tag("th", one.label, class_="number") for one in contenders]
+    head = "".join([tag("th", ""), tag("th", "better"), *named, tag("th", "measured on")])
     rows, values = [], []
     for key in keys:
         figures = {one.label: one.figures[key] for one in contenders if key in one.figures}
@@ -88,7 +89,7 @@ def _cell(figure: Measurement | None, figures: Mapping[str, Measurement], best: 
     if figure is None:
         return tag("td", "–")
     kind = ""
-    if best is not None and figure is figures[best]:
+    if best is not None and figure.value == figures[best].value:
         kind = "ok"
     elif best is not None and apart(figure, figures[best]):
         kind = "flag"

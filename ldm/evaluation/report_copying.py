@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from autoencoder.latents import decode, encode
 from autoencoder.model import Autoencoder
 from ldm.data.fixed_batches import fixed_images, spread_indices
 from ldm.data.sources import DataConfig
+from ldm.errors import UserError
 from ldm.evaluation.copying import CopyingCheck, CopyingReport
 from ldm.evaluation.features import FeatureExtractor
 from ldm.evaluation.measurement import Measurement, Setting
@@ -21,6 +22,7 @@ from ldm.evaluation.page import Shown, gallery, note, paragraph
 from ldm.evaluation.page_text import Html, tag
 from ldm.evaluation.report import Section, figures_table
 from ldm.evaluation.report_data import ReportData, numbered_images, open_data, picture_at
+from ldm.picture import strip
 from ldm.randomness import derive_seed
 
 PLANTED = 100
@@ -32,51 +34,51 @@ SHOWN = 12
 _BATCH = 64
 
 
-def copying_section(
+@dataclass(frozen=True)
+class CopySearch:
+    """What the check found, and the training images that it numbers."""
+
+    report: CopyingReport
+    training: Callable[[int], Image.Image]
+    """The picture of a training image, by the number that a pair has."""
+    available: int
+    """Training images in all; the report has how many were compared."""
+
+
+def search_copies(
     extractor: FeatureExtractor,
     samples: Iterable[Tensor],
-    sample: Callable[[int], Image.Image],
     data: ReportData,
     *,
     autoencoder: Autoencoder,
     most: int,
     seed: int,
-) -> Section:
-    """Compare the samples with up to `most` training images. `sample` gives the picture of a number.
-
-    Raises `UserError` where there is nothing to compare with.
-    """
+) -> CopySearch:
+    """Compare the samples with up to `most` training images. Raises `UserError` where there is nothing to compare."""
     unseen = unseen_images(data)
     if data.training is None or unseen is None:
-        return Section(
-            name="copying",
-            title="Copies of training images",
-            missing="found no training images apart from held-out ones; it needs a run, or a --data CONFIG, with both "
-            "data and validation_data",
+        raise UserError(
+            "found no training images apart from held-out ones; it needs a run, or a --data CONFIG, with both data and "
+            "validation_data"
         )
-    through = through_autoencoder(autoencoder)
-    training = open_data(data.training)
+    config, training = data.training, open_data(data.training)
     chosen = spread_indices(len(training), most)
     planted = [chosen[i] for i in spread_indices(len(chosen), PLANTED)]
     check = CopyingCheck(
         extractor,
         samples=samples,
         held_out=fixed_images(open_data(unseen), unseen, HELD_OUT, _BATCH),
-        planted=(images for _, images in numbered_images(training, data.training, planted, _BATCH)),
-        through=through,
+        planted=(images for _, images in numbered_images(training, config, planted, _BATCH)),
+        through=through_autoencoder(autoencoder),
         seed=seed,
     )
     indices: list[int] = []
     with tqdm(total=len(chosen), desc="comparing with training images", unit="image") as progress:
-        for numbers, images in numbered_images(training, data.training, chosen, _BATCH):
+        for numbers, images in numbered_images(training, config, chosen, _BATCH):
             indices += numbers
             check.add(images)
             progress.update(len(numbers))
-    report = check.result()
-    config = data.training
-    return _section(
-        report, sample, lambda n: picture_at(training, config, indices[n]), len(training), config.resolution
-    )
+    return CopySearch(check.result(), lambda n: picture_at(training, config, indices[n]), len(training))
 
 
 def unseen_images(data: ReportData) -> DataConfig | None:
@@ -104,13 +106,9 @@ def through_autoencoder(autoencoder: Autoencoder) -> Callable[[Tensor], Tensor]:
     return through
 
 
-def _section(
-    report: CopyingReport,
-    sample: Callable[[int], Image.Image],
-    training: Callable[[int], Image.Image],
-    available: int,
-    resolution: int,
-) -> Section:
+def copying_section(found: CopySearch, sample: Callable[[int], Image.Image], resolution: int) -> Section:
+    """The verdict and the most suspicious pairs. `sample` gives the picture of a number."""
+    report, available = found.report, found.available
     setting = Setting(
         n=report.n,
         resolution=resolution,
@@ -122,13 +120,13 @@ def _section(
     figure = Measurement("copied", "flagged as copies", "lower", report.flagged, setting)
     shown = []
     for pair in report.pairs[:SHOWN]:
-        beside = _beside(sample(pair.sample), training(pair.training))
+        beside = strip([sample(pair.sample), found.training(pair.training)])
         words = f"sample {pair.sample} | training {pair.training}: {pair.pixel_distance:.1f}/255 apart"
         shown.append(Shown(beside, words, "flagged" if pair.flagged else ""))
     partly = ""
     if report.training < available:
         partly = f" Only {report.training:,} of {available:,} training images were compared (--training-images)."
-    kind = {True: "flag", False: "ok", None: "flag"}[report.copies]
+    kind = {True: "flag", False: "ok", None: "unsure"}[report.copies]
     content = [
         tag("p", tag("span", report.verdict(), class_=kind)),
         paragraph(f"Each sample (left) beside the training image nearest to it, the most suspicious first.{partly}"),
@@ -136,8 +134,8 @@ def _section(
         figures_table([figure]),
         note(
             "A picture is flagged if it lies nearer to a training image than 99 % of held-out images do, in pixels and "
-            "features together; so about 1 % of fresh pictures are flagged too. For built-in scenes the held-out images "
-            "are fresh scenes, drawn as the training's were. Training and held-out images are first put through the "
+            "features together; so about 1 % of fresh pictures are flagged too. Of built-in scenes the held-out images "
+            "are fresh ones, drawn as the training's were. Training and held-out images are first put through the "
             "autoencoder, since a model can copy no more of them than that."
         ),
     ]
@@ -151,10 +149,3 @@ def _section(
         values={**values, **counts},
         verdict=report.verdict() + partly,
     )
-
-
-def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
-    canvas = Image.new("RGB", (left.width + right.width, max(left.height, right.height)))
-    canvas.paste(left, (0, 0))
-    canvas.paste(right, (left.width, 0))
-    return canvas

@@ -29,7 +29,7 @@ from ldm.evaluation.reference import (
 )
 from ldm.picture import to_pil
 from ldm.pipeline_model import LatentDiffusionModel
-from ldm.randomness import derive_seed
+from ldm.randomness import derive_seed, generator_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,9 @@ def told_scenes(config: ScenesConfig, count: int, seed: int) -> list[Told]:
 def told_samples(model: LatentDiffusionModel, source: Source, config: DataConfig, count: int, seed: int) -> list[Told]:
     """The captions of samples spread over the data, in turn, and their labels; picture i is drawn from seed + i.
 
-    A model without text is told their maps too, as far as it takes them. Raises `UserError` where nothing can be read.
+    They come in a fixed shuffled order: data are often sorted by class, and the first few stand for all in the pictures
+    that are shown, in a sweep, and where there are more pictures than captions. A model without text is told their maps
+    too, as far as it takes them. Raises `UserError` where nothing can be read.
     """
     told: list[Told] = []
     for batch in condition_batches(model, source, config, count, 16):
@@ -88,7 +90,8 @@ def told_samples(model: LatentDiffusionModel, source: Source, config: DataConfig
             label = labels[i] if labels is not None and labels[i] >= 0 else None
             prompt = caption if "text" in model.conditions else ""
             told.append(Told(prompt=prompt, seed=0, label=label, semantic=None if maps is None else maps[i]))
-    return [replace(told[i % len(told)], seed=seed + i) for i in range(count)]
+    order = torch.randperm(len(told), generator=generator_for("order of captions")).tolist()
+    return [replace(told[order[i % len(told)]], seed=seed + i) for i in range(count)]
 
 
 def condition_batches(

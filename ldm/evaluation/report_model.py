@@ -18,7 +18,7 @@ from ldm.evaluation.image_metrics import measure_images
 from ldm.evaluation.measurement import Measurement
 from ldm.evaluation.report import Section, attempt
 from ldm.evaluation.report_alignment import alignment_section
-from ldm.evaluation.report_copying import copying_section
+from ldm.evaluation.report_copying import copying_section, search_copies
 from ldm.evaluation.report_data import ReportData, condition_batches, prompts_of
 from ldm.evaluation.report_drawing import Drawn
 from ldm.evaluation.report_eyes import Eyes, References, in_fp32, open_eyes
@@ -180,15 +180,15 @@ def _sweep_figures(made: Measured, drawn: Drawn) -> dict[str, Measurement]:
 
 
 def _copying(made: Measured) -> Section:
-    return copying_section(
+    found = search_copies(
         made.eyes.first[1],
         made.batches(),
-        made.main.picture,
         made.data,
         autoencoder=made.autoencoder,
         most=made.measuring.training_images,
         seed=made.measuring.seed,
     )
+    return copying_section(found, made.main.picture, made.side)
 
 
 def _reconstruction(made: Measured) -> Section:

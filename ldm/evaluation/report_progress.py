@@ -46,7 +46,7 @@ def progress_section(
     Of the history only what was measured as in its last row can be compared.
     """
     drawn = [
-        line_plot([curve.series("")], title=name.removeprefix("watch/"), x_label="updates", y_label=name, width=380)
+        line_plot([curve.series("")], title=name.removeprefix("watch/"), x_label="updates", y_label=name, width=360)
         for name, curve in watched.items()
         if len(curve.steps) > 1
     ]
@@ -76,7 +76,7 @@ def _measured(label: str, rows: Sequence[Row], key: str) -> Html:
         high=[value if high is None else high for value, _, high in found],
         dots=True,
     )
-    return line_plot([series], title=label, x_label="updates", y_label=label, width=380)
+    return line_plot([series], title=label, x_label="updates", y_label=label, width=360)
 
 
 def _label(section: Section, figure: Measurement) -> str:

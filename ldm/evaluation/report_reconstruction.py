@@ -15,6 +15,7 @@ from ldm.data.sample import Source
 from ldm.errors import UserError, user_input
 from ldm.evaluation.autoencoder_report import AutoencoderReport, Lpips, WorstImage, measure_autoencoder
 from ldm.evaluation.features import FeatureExtractor
+from ldm.evaluation.measurement import Measurement
 from ldm.evaluation.page import Shown, gallery, missing, note, paragraph, plots, table
 from ldm.evaluation.page_charts import Bar, bar_chart
 from ldm.evaluation.page_text import EMPTY, Html
@@ -110,12 +111,19 @@ def reconstruction_values(report: AutoencoderReport) -> dict[str, object]:
 
 def reconstruction_verdict(report: AutoencoderReport, name: str) -> str:
     """`PSNR 27.9 dB [..], ...; 61 % of the fine detail survives`."""
-    figures = ", ".join(f"{figure.label} {interval_text(figure)}" for figure in report.measurements)
+    figures = ", ".join(f"{_named(figure)} {interval_text(figure)}" for figure in report.measurements)
     kept = 100 * report.spectra.high_frequencies()
     words = f"{figures}; {kept:.0f} % of the energy at high frequencies survives; n = {report.n} of {name}"
     if report.codebook is not None:
         words += f"; {report.codebook.used} of {report.codebook.codes} codes used"
     return words
+
+
+def _named(figure: Measurement) -> str:
+    """`PSNR`, but `rFID through inception-v3`: it says little without."""
+    return (
+        f"{figure.label} through {figure.setting.extractor.split(' at ')[0]}" if figure.name == "rfid" else figure.label
+    )
 
 
 def rfid_extractor(extractors: Mapping[str, FeatureExtractor]) -> FeatureExtractor | None:
@@ -181,10 +189,10 @@ def _plots(report: AutoencoderReport) -> list[Html]:
             x_label="cycles per latent",
             y_label="power",
             log_y=True,
-            width=380,
+            width=360,
         ),
         bar_chart(
-            bars, title="Standard deviation of the latents", x_label="as the U-Net sees them; 1 is right", width=380
+            bars, title="Standard deviation of the latents", x_label="as the U-Net sees them; 1 is right", width=360
         ),
     ]
 

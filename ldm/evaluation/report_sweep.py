@@ -63,7 +63,7 @@ def _against_scale(points: Sequence[SweepPoint], name: str) -> Html:
         dots=True,
     )
     label = figures[0].label
-    return line_plot([series], title=f"{label} against guidance", x_label="guidance scale", y_label=label, width=380)
+    return line_plot([series], title=f"{label} against guidance", x_label="guidance scale", y_label=label, width=360)
 
 
 def _trade_off(points: Sequence[SweepPoint], agreement: str) -> Html:
@@ -75,7 +75,7 @@ def _trade_off(points: Sequence[SweepPoint], agreement: str) -> Html:
         names=[f"{point.scale:g}" for point in points],
     )
     label = points[0].figures[agreement].label
-    return line_plot([series], title=f"FID against {label}, by scale", x_label=label, y_label="FID", width=380)
+    return line_plot([series], title=f"FID against {label}, by scale", x_label=label, y_label="FID", width=360)
 
 
 def _edge(figure: Measurement, which: int) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -62,22 +62,38 @@ class SceneScore:
 
 def score_image(image: Image.Image, scene: Scene, config: ScenesConfig) -> SceneScore:
     """Compare a square picture with the scene that it should show. Raises `ValueError` if it is not square."""
+    readings = read_scene(image, scene, config)
+    right = {part: all(named == found for named, found in pairs) for part, pairs in readings.items()}
+    return SceneScore(
+        background=right["background"],
+        objects=right["objects"],
+        colours=right.get("colours"),
+        sizes=right.get("sizes"),
+        relation=right.get("relation"),
+        found=tuple(readings["objects"]),
+    )
+
+
+def read_scene(image: Image.Image, scene: Scene, config: ScenesConfig) -> dict[str, list[tuple[str, str]]]:
+    """(What the prompt names, what the picture shows) by the part of the prompt, for each object where that has one.
+
+    Parts are those of `SceneScore` that the prompt states. What is not there is `NOTHING`.
+    """
     pixels = pixels_of(image)
     background, colour = find_background(pixels, config)
     pairs = _assign(scene, find_objects(pixels, background, colour, config))
-    seen = [(thing, found) for thing, found in pairs if found is not None]
-    full = len(seen) == len(pairs)
-    coloured, related = scene.kind == "shapes", scene.relation is not None
-    return SceneScore(
-        background=background == scene.background,
-        objects=full and all(found.name == thing.name for thing, found in seen),
-        colours=full and all(found.colour == thing.colour for thing, found in seen) if coloured else None,
-        sizes=full and all(_size_word(found.side, config) == thing.size for thing, found in seen)
-        if scene.sized
-        else None,
-        relation=relation_holds(scene.relation, pairs[0][1], pairs[1][1]) if related else None,
-        found=tuple((thing.name, found.name if found else NOTHING) for thing, found in pairs),
-    )
+    readings = {
+        "background": [(scene.background, background)],
+        "objects": [(thing.name, found.name if found else NOTHING) for thing, found in pairs],
+    }
+    if scene.kind == "shapes":
+        readings["colours"] = [(str(thing.colour), str(found.colour) if found else NOTHING) for thing, found in pairs]
+    if scene.sized:
+        sizes = [_size_word(found.side, config) if found else NOTHING for _, found in pairs]
+        readings["sizes"] = [(thing.size, size) for (thing, _), size in zip(pairs, sizes, strict=True)]
+    if scene.relation is not None:
+        readings["relation"] = [(scene.relation, relation_of(pairs[0][1], pairs[1][1]))]
+    return readings
 
 
 def score_each(
@@ -112,24 +128,16 @@ def score_images(
 
 def confusion_matrix(scores: Sequence[SceneScore]) -> dict[str, dict[str, int]]:
     """How often which object was found where which was named: `matrix[named][found]`."""
+    return counted(itertools.chain.from_iterable(score.found for score in scores))
+
+
+def counted(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """The confusion matrix of (named, found): `matrix[named][found]`."""
     matrix: dict[str, dict[str, int]] = {}
-    for named, found in itertools.chain.from_iterable(score.found for score in scores):
+    for named, found in pairs:
         row = matrix.setdefault(named, {})
         row[found] = row.get(found, 0) + 1
     return matrix
-
-
-def confusion_table(matrix: dict[str, dict[str, int]], largest: int = 16) -> str:
-    """The matrix as a Markdown table; with more than `largest` names only the mistakes, the most frequent first."""
-    names = sorted(set(matrix) | {found for row in matrix.values() for found in row} - {NOTHING})
-    if len(names) > largest:
-        mistakes = [(-n, named, found) for named, row in matrix.items() for found, n in row.items() if found != named]
-        rows = [f"| {named} | {found} | {-n} | {sum(matrix[named].values())} |" for n, named, found in sorted(mistakes)]
-        return "\n".join(["| named | found | times | of |", "|---|---|---:|---:|", *rows])
-    columns = [*names, NOTHING]
-    head = ["| named \\ found | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    rows = [f"| {n} | " + " | ".join(str(matrix[n].get(found, 0)) for found in columns) + " |" for n in sorted(matrix)]
-    return "\n".join([*head, *rows])
 
 
 # --- Parts of a picture ----------------------------------------------------------------------------------------------
@@ -329,14 +337,14 @@ def _assign(scene: Scene, found: Sequence[Found]) -> list[tuple[SceneObject, Fou
     return list(zip(scene.objects, best, strict=True))
 
 
-def relation_holds(relation: str | None, first: Found | None, second: Found | None) -> bool:
-    """Whether the first lies from the second as `relation` says, which only one of the four relations does."""
+def relation_of(first: Found | None, second: Found | None) -> str:
+    """How the first lies from the second, one of the four relations; `NOTHING` if one is missing."""
     if first is None or second is None:
-        return False
+        return NOTHING
     x, y = first.x - second.x, first.y - second.y
     if abs(x) > abs(y):
-        return relation == ("to the left of" if x < 0 else "to the right of")
-    return relation == ("above" if y < 0 else "below")
+        return "to the left of" if x < 0 else "to the right of"
+    return "above" if y < 0 else "below"
 
 
 def _size_word(side: float, config: ScenesConfig) -> str:

@@ -21,7 +21,7 @@ from ldm.interchange.model_card import write_model_card
 from ldm.interchange.opening import is_single_file, merge_loras, model_folder, read_model
 from ldm.interchange.single_file_writer import write_single_file
 from ldm.lora_reading import checked_lora, lora_name
-from ldm.pipeline_folder import Components, write_components
+from ldm.pipeline_folder import Components, new_pipeline, write_parts
 
 Kind = Literal["diffusers", "single-file"]
 
@@ -69,14 +69,16 @@ def export(
             said = {"merged_from": ", ".join(names), **said}
         return write_single_file(components, out, dtype=precision, metadata=said)
     _cast(components, precision)
-    write_components(components, out)
-    write_model_card(
-        out,
-        title=said.get("title"),
-        run=_home_of(Path(source), variant),
-        license=said.get("license"),
-        merged=[(lora_name(file), weight) for file, weight in files],
-    )
+    with new_pipeline(out) as partial:
+        write_parts(components, partial)
+        write_model_card(
+            partial,
+            name=Path(out).resolve().name,
+            title=said.get("title"),
+            run=_home_of(Path(source), variant),
+            license=said.get("license"),
+            merged=[(lora_name(file), weight) for file, weight in files],
+        )
     return []
 
 

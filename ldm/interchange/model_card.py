@@ -27,12 +27,13 @@ _SETTINGS = ("steps", "batch_size", "accumulation")
 def write_model_card(
     folder: str | Path,
     *,
+    name: str | None = None,
     title: str | None = None,
     run: str | Path | None = None,
     license: str | None = None,
     merged: Sequence[tuple[str, float]] = (),
 ) -> Path:
-    """Write `folder`/README.md for the pipeline there, and return its path.
+    """Write `folder`/README.md for the pipeline there, and return its path; `name` is the folder's, if not yet its own.
 
     `run` is the folder of the training run, by default the one that `folder` lies in; its config.yaml, report.json and
     metrics.jsonl are told as far as they are there, and so is the report of the autoencoder that it names. Absolute
@@ -41,16 +42,17 @@ def write_model_card(
     """
     folder = Path(folder)
     index = _read_json(folder / "model_index.json")
+    name = name or folder.resolve().name
     run = folder.resolve().parent if run is None else Path(run)
     config = _read_config(run / "config.yaml")
     config = config if "training" in config else {}  # some other program's file of the same name
-    title = title or (run.resolve().name if config else folder.resolve().name)
+    title = title or (run.resolve().name if config else name)
     ours = index.get("_class_name") == OUR_CLASS
     parts = [
         _front_matter(index, license, config),
         f"# {title}",
         _about(folder, index),
-        _usage(folder.resolve().name, index, ours),
+        _usage(name, index, ours),
         _training(config) if config else "",
         _merged(merged) if merged else "",
         _measured(run, config),

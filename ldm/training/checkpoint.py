@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.errors import UserError, user_input
-from ldm.files import whole_folder
+from ldm.files import whole_folder, writing
 
 _NAME = re.compile(r"step-(\d+)")
 _STATE, _MANIFEST = "state.json", "manifest.json"
@@ -43,7 +43,6 @@ class CheckpointFolder:
 
         Raises `UserError` if the disk refuses; what was written of it is removed, the earlier checkpoints stay.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step-{step}"
         if final.exists():
             return final
@@ -71,14 +70,20 @@ class CheckpointFolder:
             before = f"go on from step {steps[-2]}" if len(steps) > 1 else "start anew, as there is none before it"
             raise UserError(f"{error}; remove the folder {newest} to {before}") from error
 
-    def _prune(self) -> None:
-        """Remove old checkpoints, and what a killed process left half-written."""
-        for step in self.steps()[: -self.keep]:
-            # Renamed first: a folder that is being deleted must not look like a checkpoint.
-            doomed = self.folder / f".removed-step-{step}"
+    def remove(self, step: int) -> None:
+        """Remove a checkpoint. It loses its name first: a folder that is being deleted must not look like one."""
+        doomed = self.folder / f".removed-step-{step}"
+        with writing(self.folder):
             (self.folder / f"step-{step}").rename(doomed)
-        for leftover in [*self.folder.glob(".removed-*"), *self.folder.glob(".step-*.part")]:
-            shutil.rmtree(leftover)
+            shutil.rmtree(doomed)
+
+    def _prune(self) -> None:
+        """Remove what a killed process left half-written or half-removed, and old checkpoints."""
+        with writing(self.folder):
+            for leftover in [*self.folder.glob(".removed-*"), *self.folder.glob(".step-*.part")]:
+                shutil.rmtree(leftover)
+        for step in self.steps()[: -self.keep]:
+            self.remove(step)
 
 
 def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -95,14 +100,26 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
     Raises `UserError` for a folder that is missing or damaged; it names the file.
     """
-    with user_input(f"checkpoint {folder}", OSError, ValueError, KeyError, SafetensorError):
-        hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    with user_input(f"checkpoint {folder}", OSError, ValueError, KeyError, RecursionError, SafetensorError):
+        hashes = _table(folder / _MANIFEST)
         for name, saved in hashes.items():
-            if _hash(folder / Path(name).name) != saved:
+            if Path(name).name != name:
+                raise ValueError(f"{_MANIFEST}: found {name!r}; allowed are names of files in the folder")
+            if _hash(folder / name) != saved:
                 raise ValueError(f"{name} is damaged: its bytes are not those that were saved")
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        state = _table(folder / _STATE)
         tensors = {Path(name).stem: load_file(folder / name) for name in hashes if name != _STATE}
-        return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
+        step = state.pop("step")
+        if type(step) is not int or step < 0:
+            raise ValueError(f"{_STATE}: found step {step!r}; allowed is a whole number")
+        return Checkpoint(step=step, tensors=tensors, state=state)
+
+
+def _table(path: Path) -> dict[str, Any]:
+    table = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(table, dict):
+        raise ValueError(f"{path.name}: found no table; the file is damaged")
+    return table
 
 
 def _hash(path: Path) -> str:

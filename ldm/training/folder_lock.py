@@ -17,8 +17,9 @@ def lock_folder(folder: Path) -> TextIO:
     The lock is POSIX' (lockf), which worker processes do not inherit, so they cannot keep it after a kill. Raises
     `UserError` naming the process that has it.
     """
-    with writing(folder / ".lock"):
-        file = (folder / ".lock").open("a+", encoding="utf-8")
+    path = folder / ".lock"
+    with writing(path):
+        file = path.open("a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -28,7 +29,8 @@ def lock_folder(folder: Path) -> TextIO:
             f"{folder}: process {owner} is training in this folder; allowed is one run a folder; "
             "wait until it ends, or give out=ANOTHER_FOLDER"
         ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    with writing(path):
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
     return file

@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ldm.errors import UserError, user_input
+from ldm.training.finite import greatest_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,10 @@ class Learner:
         largest = self.config.clip if self.config.clip > 0 else math.inf
         norm = self._accelerator.clip_grad_norm_(self._parameters, largest)
         return torch.as_tensor(norm, device=self._accelerator.device, dtype=torch.float32)
+
+    def greatest_weight(self) -> Tensor:
+        """The greatest |w|, a scalar on the device (no host sync); NaN or infinite if one weight is."""
+        return greatest_weight(self._parameters)
 
     def update(self, step: int) -> None:
         """One optimiser step and, if there is one, one step of the moving average; clears the gradients."""

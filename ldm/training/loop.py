@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,13 +18,24 @@ from tqdm import tqdm
 
 from ldm.data.buckets import Buckets
 from ldm.data.combined import distinct_length
-from ldm.data.loader import NOTHING, LatentReader, TrainingBatches, Wanted
+from ldm.data.loader import NOTHING, LatentReader, TrainingBatches, Wanted, dead_worker_told
 from ldm.data.quarantine import Quarantine
 from ldm.data.sample import Batch, Source
 from ldm.data.sources import DataConfig
-from ldm.errors import UserError
+from ldm.training.alarms import Alarms
 from ldm.training.checkpoint import Checkpoint, CheckpointFolder, checksum
+from ldm.training.failure import bundled
+from ldm.training.finite import (
+    BatchSample,
+    NotFinite,
+    broken_tensors,
+    broken_values,
+    floating_tensors,
+    probe,
+    samples_of,
+)
 from ldm.training.learner import Learner
+from ldm.training.ranks import compare_processes, told_once, weights_of
 from ldm.training.run import Run
 from ldm.training.tracking import Tracking
 from ldm.training.watch import Watch
@@ -50,11 +62,14 @@ class TrainingConfig:
     validate_every: int = 1000
     validate_first: bool = False  # before the first step too, to compare with when a model is trained further
     log_every: int = 10
+    compare_every: int = 100  # updates between comparisons of the processes' weights; 0 = at checkpoints only
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}; allowed is 1 or more")
+        if self.compare_every < 0:
+            raise ValueError(f"compare_every: found {self.compare_every}; allowed is 0 or more; raise it")
         if self.workers < 0 or self.log_every < 1:
             raise ValueError(f"workers: found {self.workers}; allowed is 0 or more; log_every: 1 or more")
         if self.batch_size % self.accumulation:
@@ -71,6 +86,7 @@ FREE_TO_CHANGE = (
     "runtime",
     "training.accumulation",
     "training.checkpoint_every",
+    "training.compare_every",
     "training.keep_checkpoints",
     "training.log_every",
     "training.steps",
@@ -92,6 +108,9 @@ class Validation:
 
 class Stage(Protocol):
     """What the loop needs of a stage."""
+
+    script: str
+    """The file that trains it, for messages."""
 
     @property
     def learners(self) -> Sequence[Learner]: ...
@@ -144,28 +163,36 @@ def train(
     run: Run,
     quarantine: Quarantine,
     watch: Watch | None = None,
+    alarms: Alarms | None = None,
 ) -> None:
     """Train from `run.start_step` to `config.steps`, resumable at every instant; `watch` keeps the best of it.
 
-    Raises `UserError` if a loss or gradient is not finite or too much data is bad; leaves the process with exit code
-    75 after SIGTERM or Ctrl-C, once the checkpoint is written.
+    Raises `UserError` if data, loss, gradient or weights are not finite, with a bundle to replay the step from (see
+    ldm/training/failure.py), or if too much data is bad; leaves the process with exit code 75 after SIGTERM or Ctrl-C,
+    once the checkpoint is written.
     """
     if run.checkpoint is not None:
         restore(stage, run.checkpoint)
     checkpoints = CheckpointFolder(run.folder / "checkpoints", config.keep_checkpoints)
     micro_batches = iter(batches)
+    alarms = alarms or Alarms(run.say)
     with ExitStack() as stack:
         stopping = stack.enter_context(_stop_on_signal())
-        tracking = Tracking(run.accelerator, run.folder, run.start_step)
-        stack.callback(tracking.close)
+        tracking = stack.enter_context(Tracking(run.accelerator, run.folder, run.start_step))
+        stack.enter_context(bundled(stage, run))
+        stack.enter_context(told_once(run.accelerator))
+        stack.enter_context(dead_worker_told())
         progress = stack.enter_context(_progress(config, run))
         meter = _Meter(config.batch_size)
         if config.validate_first and run.start_step == 0:
             _validate(stage, -1, run, tracking)
         for step in range(run.start_step, config.steps):
-            values, stop = _update(stage, micro_batches, step, config, run, quarantine, stopping)
+            values, samples, stop = update(stage, micro_batches, step, config, run, quarantine, stopping)
             done = step + 1
+            if config.compare_every and done % config.compare_every == 0:
+                compare_processes(weights_of(stage.learners), done, run.accelerator)
             progress.update()
+            alarms.hear(step, values)
             if done % config.log_every == 0 or done == config.steps:
                 speed = meter.images_per_second(done)
                 tracking.numbers(step, values, {"images_per_second": speed})
@@ -174,24 +201,36 @@ def train(
             if done % config.validate_every == 0 or done == config.steps:
                 validation = _validate(stage, step, run, tracking)
             if watch is not None and watch.due(done, config.steps) and watch.look(step, validation, run, tracking):
-                save(stage, watch.keep, done, run)
+                save(stage, watch.keep, done, run, samples)
             if stop or done % config.checkpoint_every == 0 or done == config.steps:
-                save(stage, checkpoints.save, done, run)
+                save(stage, checkpoints.save, done, run, samples)
             if stop:
                 progress.close()
                 run.say(f"stopped by a signal after step {done}; saved. The same command goes on from here.")
                 raise SystemExit(EXIT_STOPPED_BY_SIGNAL)
 
 
-def save(stage: Stage, write: Callable[[int, Tensors, Mapping[str, Any]], object], step: int, run: Run) -> None:
+def save(
+    stage: Stage,
+    write: Callable[[int, Tensors, Mapping[str, Any]], object],
+    step: int,
+    run: Run,
+    samples: Sequence[BatchSample] = (),
+) -> None:
     """Write a checkpoint by `write`, such as `CheckpointFolder.save`, from the first process while the others wait.
 
-    Raises `RuntimeError`, and writes nothing, if the processes no longer hold the same weights.
+    Raises `UserError`, and writes nothing, if the processes no longer hold the same weights; `NotFinite` if the last
+    update, which saw `samples`, made a tensor that is not finite.
     """
     tensors = {name: named for learner in stage.learners for name, named in learner.tensors().items()}
+    every = {f"{file}: {name}": tensor for file, named in tensors.items() for name, tensor in named.items()}
+    compare_processes(every, step, run.accelerator)
     checksums = gather_object([checksum(tensors)]) if run.accelerator.num_processes > 1 else [checksum(tensors)]
     if len(set(checksums)) > 1:
         raise RuntimeError(f"the processes have diverged at step {step}: checksums {checksums}; nothing was saved")
+    broken = {f"{file} after the update": math.nan for file, named in tensors.items() if broken_tensors(named)}
+    if broken:
+        raise NotFinite(step - 1, broken, samples)
     if run.accelerator.is_main_process:
         write(step, tensors, {"seed": run.seed, "checksums": checksums})
     run.accelerator.wait_for_everyone()
@@ -203,41 +242,50 @@ def restore(stage: Stage, checkpoint: Checkpoint) -> None:
         learner.load_tensors(checkpoint.tensors)
 
 
-def _update(
+def update(
     stage: Stage,
     micro_batches: Iterator[Batch],
     step: int,
     config: TrainingConfig,
     run: Run,
     quarantine: Quarantine,
-    stopping: list[int],
-) -> tuple[dict[str, float], bool]:
-    """One optimiser update. Returns the mean of each value over the global batch, and whether to stop."""
+    stopping: Sequence[int] = (),
+) -> tuple[dict[str, float], list[BatchSample], bool]:
+    """One optimiser update: the mean of each value over the global batch, this process's samples, and whether to stop.
+
+    Raises `NotFinite` before anything is changed.
+    """
     totals: dict[str, Tensor] = {}
-    keys: list[str] = []
+    probes: dict[str, Tensor] = {}
+    samples: list[BatchSample] = []
     bad: list[tuple[str, str]] = []
     share = 1 / config.accumulation
     for micro in range(config.accumulation):
         batch = next(micro_batches)
         bad.extend(batch.bad)
-        keys.extend(batch.keys)
-        with _synchronised(stage, run, last=micro == config.accumulation - 1):
-            terms = stage.backward(batch.to(run.accelerator.device, non_blocking=True), step, share)
+        samples.extend(samples_of(batch))
+        batch = batch.to(run.accelerator.device, non_blocking=True)
+        with synchronised(stage, run, last=micro == config.accumulation - 1):
+            terms = stage.backward(batch, step, share)
         for name, value in terms.items():
             totals[name] = totals.get(name, 0) + value * share
+        probes["data"] = probes.get("data", 0) + probe(floating_tensors(batch).values())
     for learner in stage.learners:
         totals[f"gradient_norm/{learner.name}"] = learner.clip_gradients()
-    totals["_stop"] = torch.tensor(float(bool(stopping)), device=run.accelerator.device)
-    totals["_bad"] = torch.tensor(float(len(bad)), device=run.accelerator.device)
-    values = _mean_over_processes(totals, run)
-    stop, any_bad = values.pop("_stop") > 0, values.pop("_bad") > 0
-    if any_bad:
+        probes[f"weights/{learner.name}"] = learner.greatest_weight()
+    probes["_stop"] = torch.tensor(float(bool(stopping)), device=run.accelerator.device)
+    probes["_bad"] = torch.tensor(float(len(bad)), device=run.accelerator.device)
+    values = _mean_over_processes({**totals, **probes}, run)
+    looked_at = {name: values.pop(name) for name in probes}
+    if looked_at["_bad"] > 0:
         # Every process counts what all have found, so that all of them stop together.
         quarantine.record(gather_object(bad) if run.accelerator.num_processes > 1 else bad)
-    _check_finite(values, step, keys, run)
+    broken = broken_values({**looked_at, **values})
+    if broken:
+        raise NotFinite(step, broken, samples)
     for learner in stage.learners:
         learner.update(step)
-    return values, stop
+    return values, samples, looked_at["_stop"] > 0
 
 
 def _mean_over_processes(totals: dict[str, Tensor], run: Run) -> dict[str, float]:
@@ -245,17 +293,6 @@ def _mean_over_processes(totals: dict[str, Tensor], run: Run) -> dict[str, float
     stacked = torch.stack([value.detach().float().reshape(()) for value in totals.values()])
     reduced = run.accelerator.reduce(stacked, reduction="mean").tolist()
     return dict(zip(totals, reduced, strict=True))
-
-
-def _check_finite(values: dict[str, float], step: int, keys: list[str], run: Run) -> None:
-    # x - x is 0 for a finite number and nan for nan and infinity.
-    broken = [f"{name} = {value}" for name, value in values.items() if value - value != 0]
-    if broken:
-        raise UserError(
-            f"step {step}: {', '.join(broken)}; stopped before the update, the last checkpoint in "
-            f"{run.folder / 'checkpoints'} is good. Lower the learning rate or look at this batch: "
-            f"{', '.join(keys[:8])}" + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-        )
 
 
 def _validate(stage: Stage, step: int, run: Run, tracking: Tracking) -> Mapping[str, float]:
@@ -273,7 +310,7 @@ def _validate(stage: Stage, step: int, run: Run, tracking: Tracking) -> Mapping[
 
 
 @contextmanager
-def _synchronised(stage: Stage, run: Run, *, last: bool) -> Iterator[None]:
+def synchronised(stage: Stage, run: Run, *, last: bool) -> Iterator[None]:
     """Sum gradients over the processes at the last micro-batch only."""
     with ExitStack() as stack:
         if not last:

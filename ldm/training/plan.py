@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -80,12 +80,7 @@ class Plan:
     measured: Measured | None
     flops: float | None
     images: int | None
-    assumed: tuple[str, ...] = field(default=())
-
-    @property
-    def worst(self) -> str:
-        """What takes most memory."""
-        return self.count.worst[0]
+    assumed: tuple[str, ...] = ()
 
     @property
     def counted_peak(self) -> int:
@@ -173,11 +168,10 @@ def make_plan(
     maker = _maker(config, source, machine, sketch)
     images = distinct_length(source) or None
     counted = count(maker, machine.low, config.training.accumulation, images or 0)
-    notes = tuple(dict.fromkeys(assumed))
-    plan = Plan(config, machine, micro_batch_of(config, machine), counted, None, flops, images, notes)
     if machine.here and flops is None:
         flops = measured_flops(machine.device, machine.low)
-        plan = Plan(config, machine, plan.micro_batch, counted, None, flops, images, notes)
+    notes = tuple(dict.fromkeys(assumed))
+    plan = Plan(config, machine, micro_batch_of(config, machine), counted, None, flops, images, notes)
     if dry:
         return plan
     if not machine.here or machine.overhead + counted.step > total_memory(machine.device):
@@ -186,8 +180,7 @@ def make_plan(
     about = f", {3 * counted.flops / flops:.0f} s at least" if flops else ""
     say(f"measuring 3 micro-batches of {plan.micro_batch} images{about}")
     measured = measure(maker, machine.device, machine.low)
-    flops = counted.flops / measured.micro_batch
-    return Plan(config, machine, plan.micro_batch, counted, measured, flops, images, notes)
+    return replace(plan, measured=measured, flops=counted.flops / measured.micro_batch)
 
 
 def recount(config: RunConfig, machine: Machine, autoencoder: AutoencoderConfig | None) -> Count:
@@ -230,23 +223,23 @@ def _source(config: RunConfig) -> tuple[Source, list[str]]:
     """The data, for its number of images and its classes, and what had to be assumed of it."""
     if _is_here(config.data):
         return open_source(config.data), []
+    if isinstance(config, Stage1Config):  # nothing of it depends on the number of images
+        return NoData([], []), []
     assumed = [f"data {', '.join(_roots(config.data))} is not here, so how many images there are is not known"]
-    labels = classes = 0
-    if isinstance(config, Stage2Config):
-        label, semantic = config.conditions.label, config.conditions.semantic
-        if label is not None and label.classes is None:
-            labels = ASSUMED_LABELS
-            assumed.append(f"labels: taken to be {labels}")
-        if semantic is not None and semantic.classes is None:
-            classes = ASSUMED_CLASSES
-            assumed.append(f"classes of maps: taken to be {classes}")
-    else:
-        assumed = []
+    label, semantic, labels, classes = config.conditions.label, config.conditions.semantic, 0, 0
+    if label is not None and label.classes is None:
+        labels = ASSUMED_LABELS
+        assumed.append(f"labels: taken to be {labels}")
+    if semantic is not None and semantic.classes is None:
+        classes = ASSUMED_CLASSES
+        assumed.append(f"classes of maps: taken to be {classes}")
     return NoData([f"label {i}" for i in range(labels)], [f"class {i}" for i in range(classes)]), assumed
 
 
 def _is_here(data: DataConfig) -> bool:
-    return data.source == "scenes" or all(Path(root).exists() for root in _roots(data))
+    # A pattern of shards is no path, but the folder that they lie in is one.
+    paths = (Path(root).parent if data.source == "shards" else Path(root) for root in _roots(data))
+    return data.source == "scenes" or all(path.exists() for path in paths)
 
 
 def _roots(data: DataConfig) -> list[str]:

@@ -68,8 +68,9 @@ class Sketch:
         vae = self.autoencoder_at(str(config.autoencoder))
         conditions, text = config.conditions, None
         if conditions.text.encoder in ("clip", "openclip"):
-            text = self._text_encoder(conditions.text).requires_grad_(False).eval()
-            conditions = replace(conditions, text=TextConfig(encoder="model", dropout=conditions.text.dropout))
+            text = self._text_encoder(conditions.text)
+            told = TextConfig(encoder="model", dropout=conditions.text.dropout, finetune=conditions.text.finetune)
+            conditions = replace(conditions, text=told)
         old = Path(config.unet.pretrained or "/dev/null")
         own = ConditionEncoders(text, _semantic_encoder(old), _label_encoder(old))
         encoders = build_encoders(conditions, source, own)

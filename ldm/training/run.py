@@ -15,9 +15,11 @@ from torch import nn
 
 from ldm.attention import attention_that_ran
 from ldm.device import choose_dtype
+from ldm.files import writing
 from ldm.picture import save_png
 from ldm.training.checkpoint import Checkpoint, CheckpointFolder
 from ldm.training.folder_lock import lock_folder
+from ldm.training.ranks import other_processes
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -64,15 +66,31 @@ class Run:
     def save_picture(self, picture: Image, name: str) -> Path:
         """Write a picture into the run folder; call it on one process."""
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         save_png(picture, path)
         return path
 
 
 def open_run(folder: Path, seed: int, runtime: RuntimeConfig, keep_checkpoints: int) -> Run:
     """Make the run folder, join the processes, and find the checkpoint to continue from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator = join_processes(folder, runtime)
+    lock = lock_folder(folder) if accelerator.is_main_process else None
+    run = Run(folder, seed, accelerator, CheckpointFolder(folder / "checkpoints", keep_checkpoints).latest(), lock)
+    devices = f"{accelerator.num_processes} x {accelerator.device.type}"
+    format_name = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    start = f"going on from step {run.start_step}" if run.checkpoint else "a new run"
+    if run.checkpoint and (note := other_processes(run.checkpoint.state, accelerator.num_processes)):
+        run.say(note)
+    run.say(f"{folder}: {start}, on {devices}, {format_name}, {torch.get_num_threads()} threads")
+    return run
+
+
+def join_processes(folder: Path, runtime: RuntimeConfig) -> Accelerator:
+    """The processes of a run and their numeric format; nothing is written."""
+    return Accelerator(
         mixed_precision="bf16" if _precision(runtime.precision) == torch.bfloat16 else "no",
         log_with=list(runtime.trackers) or None,
         project_dir=str(folder),
@@ -83,13 +101,6 @@ def open_run(folder: Path, seed: int, runtime: RuntimeConfig, keep_checkpoints: 
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),
         ],
     )
-    lock = lock_folder(folder) if accelerator.is_main_process else None
-    run = Run(folder, seed, accelerator, CheckpointFolder(folder / "checkpoints", keep_checkpoints).latest(), lock)
-    devices = f"{accelerator.num_processes} x {accelerator.device.type}"
-    format_name = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-    start = f"going on from step {run.start_step}" if run.checkpoint else "a new run"
-    run.say(f"{folder}: {start}, on {devices}, {format_name}, {torch.get_num_threads()} threads")
-    return run
 
 
 def describe_parameters(name: str, module: nn.Module) -> str:

@@ -90,6 +90,12 @@ class Stage1Config:
                 f"discriminator.layers: found {self.discriminator.layers}, which needs {smallest} px, but images come "
                 f"down to {shrunk:g} px; lower it, or raise data.resolution or loss.equivariance_minimum"
             )
+        weights = [folder.weight for folder in self.data.folders or () if folder.weight != 1]
+        if weights:
+            raise ValueError(
+                f"data.folders: found weight {weights[0]} in stage 1, whose losses have none; allowed is 1; "
+                "use repeats instead"
+            )
         for name, data in (("data", self.data), ("validation_data", self.validation_data)):
             if data is not None and data.buckets is not None:
                 raise ValueError(
@@ -184,6 +190,8 @@ class AdversaryStep(nn.Module):
 
 class AutoencoderStage:
     """What the loop calls: backward through both networks, and validation."""
+
+    script = "train_vae.py"
 
     def __init__(
         self,

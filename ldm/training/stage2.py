@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from diffusers import UNet2DConditionModel
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from autoencoder.latents import Moments, encode, to_unet
@@ -17,6 +18,7 @@ from ldm.data.sample import Batch, Source
 from ldm.noise import NoiseConfig, NoiseSchedule, add_noise, training_target
 from ldm.objective import ObjectiveConfig, diffusion_loss, loss_weights, timesteps_from_uniforms
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.pipeline_model import NotFinitePicture
 from ldm.randomness import normal_for_each, uniform_for_each
 from ldm.sampling import make_scheduler
 from ldm.training.conditions import condition_inputs, draw_losing, wanted_of
@@ -66,6 +68,8 @@ class DiffusionStep(nn.Module):
 
 class DiffusionStage:
     """What the loop calls: a batch to latents, noise and conditions, then the step; and previews."""
+
+    script = "train_ldm.py"
 
     def __init__(
         self,
@@ -146,9 +150,16 @@ class DiffusionStage:
         with self.learner.averaged_weights():
             if self.config.preview.loss_images:
                 numbers["loss"] = self._validation_loss()
+            return Validation(numbers, self._preview(step))
+
+    def _preview(self, step: int) -> Image | None:
+        """None if the model as it is now draws what is not finite: a run does not end because of that."""
+        try:
             with self.run.accelerator.autocast():
-                picture = draw_preview(self.pipeline(), self.config.preview, self._preview_samples(), self.run.seed)
-        return Validation(numbers, picture)
+                return draw_preview(self.pipeline(), self.config.preview, self._preview_samples(), self.run.seed)
+        except NotFinitePicture as error:
+            self.run.say(f"step {step}: no preview, the training goes on: {error}")
+            return None
 
     def _preview_samples(self) -> Batch:
         """What to draw: the given prompts alone, or the captions, maps and masks of validation samples."""

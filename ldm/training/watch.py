@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +97,8 @@ class Watch:
         if run.accelerator.is_main_process:
             self._numbers = dict(validation if self._measure is None else self._measure())
             if self._measure is not None:
-                tracking.numbers(step, {f"watch/{name}": value for name, value in self._numbers.items()})
+                told = {f"watch/{name}": value for name, value in self._numbers.items() if not math.isnan(value)}
+                tracking.numbers(step, told)
             if self.metric not in self._numbers:
                 raise UserError(
                     f"metric: found {self.metric}, which is not measured here; allowed is {', '.join(self._numbers)}; "
@@ -110,11 +110,10 @@ class Watch:
     def keep(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Write the checkpoint of the best model in place of the one before; whichever is there is whole."""
         told = {"metric": self.metric, "value": self._numbers[self.metric], "numbers": self._numbers}
-        kept = self._checkpoints.save(step, tensors, {**state, "watch": told})
+        self._checkpoints.save(step, tensors, {**state, "watch": told})
         for other in self._checkpoints.steps():
-            folder = self._checkpoints.folder / f"step-{other}"
-            if folder != kept:
-                shutil.rmtree(folder)
+            if other != step:
+                self._checkpoints.remove(other)
 
     def best(self) -> Checkpoint | None:
         """The checkpoint that was best by this metric; None if none was kept. Raises `UserError` if it is damaged."""

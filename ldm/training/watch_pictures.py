@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property
 
@@ -21,6 +22,7 @@ from ldm.evaluation.reference import Reference, make_reference
 from ldm.evaluation.report_data import Told, told_samples, told_scenes
 from ldm.evaluation.scenes import rates, score_each
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.pipeline_model import NotFinitePicture
 from ldm.training.stage2 import DiffusionStage
 from ldm.training.watch import Watch, WatchConfig
 
@@ -54,7 +56,11 @@ class PictureWatch:
         """Every figure by its name. Neither weights nor torch's random numbers are changed."""
         devices = [self._stage.run.accelerator.device] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
-            images = self._draw()
+            try:
+                images = self._draw()
+            except NotFinitePicture as error:
+                self._stage.run.say(f"the watch measures nothing this time, the training goes on: {error}")
+                return {self._config.metric: math.nan}
             batches = (
                 torch.stack([to_tensor(image) for image in images[first : first + _BATCH]])
                 for first in range(0, len(images), _BATCH)

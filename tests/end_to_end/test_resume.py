@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 import torch
 from small import LDM, VAE, checkpoint_tensors, losses
+
+import train_ldm
+import train_vae
+from ldm.training.learner import Learner
 
 
 def stages(small_autoencoder):
@@ -83,3 +88,66 @@ def test_a_cache_of_another_autoencoder_is_refused_by_name(commands, small_autoe
     commands.train("ldm", config, "training.steps=1", "out=second")  # the same data and weights: taken
     result = commands.train("ldm", config, "out=third", "data.scenes.seed=5", expect=2)
     assert "latent cache shared: made with data =" in result.stderr
+
+
+class Killed(BaseException):
+    """Ends a training inside this process, as nothing in it expects."""
+
+
+@pytest.fixture
+def train_until(monkeypatch):
+    """`train_until(stage, config, overrides, at, how)`: train in this process, killed or sent SIGTERM at a step."""
+    real = Learner.update
+
+    def train(stage, config, overrides, at=None, how="kill"):
+        def update(learner, step):
+            real(learner, step)
+            if step == at and learner.name != "discriminator":
+                if how == "kill":
+                    raise Killed
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Learner, "update", update)
+        entry = {"vae": train_vae.train_autoencoder, "ldm": train_ldm.train_diffusion}[stage]
+        entry(config, list(overrides))
+
+    return train
+
+
+@pytest.fixture
+def interrupted_stage(request):
+    """`interrupted_stage(case)`: the stage and its config."""
+
+    def find(case):
+        if case == "vae":
+            return "vae", VAE
+        if case == "ldm":
+            return "ldm", {**LDM, "autoencoder": str(request.getfixturevalue("small_autoencoder"))}
+        model = request.getfixturevalue("small_run") / "pipeline"
+        text, lora = {"encoder": "model"}, {"rank": 2, "text_encoder": True}
+        return "ldm", {**LDM, "model": str(model), "conditions": {"text": text}, "unet": {}, "lora": lora}
+
+    return find
+
+
+@pytest.mark.parametrize(
+    "case", ["vae", pytest.param("ldm", marks=pytest.mark.slow), pytest.param("lora", marks=pytest.mark.slow)]
+)
+def test_interrupted_four_times_within_one_epoch(commands, interrupted_stage, train_until, case):
+    """With accumulation and an average; killed twice within one epoch and between two checkpoints, stopped by SIGTERM,
+    each part with another number of workers."""
+    stage, values = interrupted_stage(case)
+    training = {**values["training"], "accumulation": 2, "checkpoint_every": 2, "validate_every": 4}
+    quiet = {"training": training, "runtime": {"trackers": []}, "out": "unused"}
+    config = commands.write_config("config.yaml", {**values, **quiet})
+    straight, parted = commands.folder / "straight", commands.folder / "parted"
+    train_until(stage, config, [f"out={straight}"])
+    # An epoch is six steps. Killed before there is a checkpoint, when the one of step 4 is due, and after it.
+    for at, workers in ((0, 0), (3, 1), (4, 0)):
+        with pytest.raises(Killed):
+            train_until(stage, config, [f"out={parted}", f"training.workers={workers}"], at)
+    with pytest.raises(SystemExit) as stopped:
+        train_until(stage, config, [f"out={parted}", "training.workers=1"], 4, "stop")
+    assert stopped.value.code == 75
+    train_until(stage, config, [f"out={parted}"])
+    assert_same_run(straight, parted, steps=8)

@@ -21,6 +21,7 @@ from ldm import files
 from ldm.files import whole_folder, write_text
 from ldm.training.checkpoint import CheckpointFolder
 from ldm.training.tracking import MetricsLog
+from ldm.training.watch import Watch
 
 FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "shutil.rmtree")
 """Python's audit events (PEP 578) of calls that may change files; fsync and the exchange of names have none."""
@@ -78,6 +79,23 @@ def checkpoints(folder: Path) -> Case:
     return Case(lambda state: place.save(2 if state == "new" else 1, tensors(state), {}), read)
 
 
+def best_checkpoints(folder: Path) -> Case:
+    def watch() -> Watch:
+        return Watch(folder, every=1, metric="psnr")
+
+    def write(state: str) -> None:
+        one = watch()
+        one._numbers = {"psnr": float(state == "new")}
+        one.keep(2 if state == "new" else 1, tensors(state), {})
+
+    def read() -> str:
+        best = watch().best()
+        assert best is not None
+        return "new" if best.step == 2 else "old"
+
+    return Case(write, read)
+
+
 def text_files(folder: Path) -> Case:
     path = folder / "report.json"
     return Case(
@@ -119,7 +137,9 @@ def loss_logs(folder: Path) -> Case:
     return Case(write, read)
 
 
-@pytest.mark.parametrize("make", [checkpoints, text_files, folders, loss_logs])
+@pytest.mark.parametrize(
+    "make", [checkpoints, pytest.param(best_checkpoints, marks=pytest.mark.slow), text_files, folders, loss_logs]
+)
 def test_killed_at_every_file_operation(
     make: Callable[[Path], Case], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

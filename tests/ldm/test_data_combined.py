@@ -24,6 +24,7 @@ from ldm.data.naming import renumbering
 from ldm.data.sample import BadSample, Batch, Sample
 from ldm.data.sources import DataConfig, DataFolder, open_source
 from ldm.errors import UserError
+from ldm.training.stage1 import Stage1Config
 
 
 @dataclass(frozen=True)
@@ -283,3 +284,11 @@ def test_the_root_can_still_be_set_on_the_command_line(tmp_path: Path) -> None:
     assert config.load(DataConfig, dumped) == loaded
     with pytest.raises(UserError, match=r"^root: found 'b' beside folders"):
         config.load(DataConfig, path, ["root=b"])
+
+
+def test_stage_1_has_no_weights_and_says_so() -> None:
+    values = {"out": "x", "training": {"steps": 1, "batch_size": 1}, "discriminator": {"weight": 0}}
+    folders = [{"root": "a", "repeats": 2}, {"root": "b", "weight": 0.5}]
+    with pytest.raises(UserError, match=r"^data\.folders: found weight 0\.5 in stage 1, .*; use repeats instead$"):
+        config.build(Stage1Config, {**values, "data": {"folders": folders}})
+    assert config.build(Stage1Config, {**values, "data": {"folders": folders[:1]}}).data.folders is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.data.loader import TrainingBatches
+from ldm.data.loader import TrainingBatches, dead_worker_told
 from ldm.data.order import SquareOrder
 from ldm.data.sample import BadSample, Batch, Sample
 from ldm.data.sources import DataConfig
@@ -305,6 +306,18 @@ def test_workers_leak_no_file_handles_and_obey_only_their_parent(tmp_path: Any) 
     while worker.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not worker.is_alive()
+
+
+def test_a_worker_that_died_is_one_line_and_other_errors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real thing is in tests/end_to_end/test_failure.py, in a process of its own: torch raises from SIGCHLD."""
+    handled: list[object] = []
+    monkeypatch.setattr("ldm.data.loader.signal.signal", lambda *arguments: handled.append(arguments))
+    message = r"has died \(DataLoader worker .*Killed\.\): .*lower training\.workers"
+    with pytest.raises(UserError, match=message), dead_worker_told():
+        raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")
+    assert handled == [(signal.SIGCHLD, signal.SIG_DFL)]
+    with pytest.raises(RuntimeError, match="something else"), dead_worker_told():
+        raise RuntimeError("something else")
 
 
 def test_batch_to_keeps_everything() -> None:

@@ -379,6 +379,8 @@ def hostile_model(kind: str, path: Path, folder: Path, to: Path) -> list[str]:
     file = to / "model.safetensors"
     if kind == "truncated file":
         file.write_bytes(path.read_bytes()[:-10])
+    elif kind == "wrong header":
+        file.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
     elif kind == "pickle in disguise":
         file.write_bytes(as_pickle({CONV_IN: torch.ones(1)}))
     elif kind == "pickle":
@@ -412,8 +414,8 @@ def hostile_model(kind: str, path: Path, folder: Path, to: Path) -> list[str]:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("truncated file", "pickle in disguise", "pickle", "wrong shapes", "zip bomb", "autoencoder alone"),
-        *("truncated folder", "truncated LoRA", "pickled LoRA", "LoRA of another shape"),
+        *("truncated file", "wrong header", "wrong shapes", "pickle in disguise", "pickle", "zip bomb"),
+        *("autoencoder alone", "truncated folder", "truncated LoRA", "pickled LoRA", "LoRA of another shape"),
     ],
 )
 def test_generate_says_one_line_and_writes_nothing(

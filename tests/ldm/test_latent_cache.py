@@ -356,3 +356,25 @@ def test_shares_cover_every_index_exactly_once(processes, length):
     parts = [Share(rank, processes).of(length) for rank in range(processes)]
     assert [index for part in parts for index in part] == list(range(length))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_latents_that_overflow_are_a_bad_sample_and_not_infinite(tmp_path, autoencoder, monkeypatch):
+    from ldm.data import latent_encoding
+
+    real = latent_encoding._encode_both_ways
+
+    def overflowing(model, images, *, flips):
+        encoded = real(model, images, flips=flips)
+        encoded[images.flatten(1).mean(dim=1).argmax(), 0, 0, 0, 0, 0] = np.inf
+        return encoded
+
+    monkeypatch.setattr(latent_encoding, "_encode_both_ways", overflowing)
+    cache = make(tmp_path, autoencoder)
+    bad = set()
+    for index in range(7):
+        try:
+            assert all(moment.isfinite().all() for moment in cache.read(index, False))
+        except BadSample as error:
+            assert "65,504" in error.reason
+            bad.add(error.key)
+    assert len(bad) == 3  # one of each of the three batches

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ldm.attention import attention_kernel, set_attention
 from ldm.cli.main import main
@@ -81,7 +79,7 @@ def test_the_size_of_tiles_by_default_is_the_autoencoders_own(pipeline: LatentDi
             pipeline.enable_vae_tiling(wrong)
 
 
-@pytest.mark.parametrize("slice_size", ["auto", "max", 1])
+@pytest.mark.parametrize("slice_size", ["auto", 1])
 def test_slices_of_attention_are_the_same_pictures_with_less_memory(
     pipeline: LatentDiffusionPipeline, slice_size: str | int
 ) -> None:
@@ -142,15 +140,11 @@ def test_the_options_of_the_commands(tiny_folder: Path, tmp_path: Path, capsys: 
     options = ["--vae-slicing", "--vae-tiling", "16", "--verbose"]
     assert generate(tiny_folder, tmp_path / "math", *options, "--attention", "math") == 0
     assert "attention: math (explicit products)\n" in capsys.readouterr().err
-    assert generate(tiny_folder, tmp_path / "sdpa", "--verbose") == 0
-    assert "attention: sdpa (flash)\n" in capsys.readouterr().err
     assert generate(tiny_folder, tmp_path / "slices", "--attention-slicing", "--verbose") == 0
     assert "attention: slices (explicit products)\n" in capsys.readouterr().err
-    files = [tmp_path / name / "00000-1.png" for name in ("math", "sdpa", "slices")]
-    assert "VAE tiling: 16" in read_parameters(files[0])
-    assert "VAE tiling" not in read_parameters(files[1])
-    one, other = (np.asarray(Image.open(file)).astype(int) for file in files[1:])
-    assert np.abs(one - other).max() <= 1
+    tiled, whole = (tmp_path / name / "00000-1.png" for name in ("math", "slices"))
+    assert "VAE tiling: 16" in read_parameters(tiled)
+    assert "VAE tiling" not in read_parameters(whole)
 
 
 @pytest.mark.parametrize(

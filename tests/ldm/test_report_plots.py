@@ -28,7 +28,7 @@ def points(element: ElementTree.Element) -> list[tuple[float, float]]:
 def test_linear_ticks_are_even_round_and_inside(low: float, span: float, count: int) -> None:
     high = low + span
     ticks = linear_ticks(low, high, count)
-    assert 1 <= len(ticks) <= count + 1
+    assert 1 <= len(ticks) <= 1.6 * count + 1  # the steps next to each other differ by a factor of up to 2.5
     slack = 1e-6 * max(abs(low), abs(high), span)
     assert all(low - slack <= tick <= high + slack for tick in ticks)
     steps = {round((b - a) / span, 4) for a, b in itertools.pairwise(ticks)}
@@ -76,7 +76,7 @@ def test_a_band_encloses_its_line() -> None:
 def test_a_logarithmic_axis_needs_values_above_zero() -> None:
     series = Series(label="", x=[0, 1], y=[0, 100])
     svg = line_plot([series], title="t", x_label="x", y_label="y", log_y=True)
-    assert "50" in [one.text for one in elements(svg, "text")]
+    assert {"0", "20", "100"} <= {one.text for one in elements(svg, "text")}
 
 
 @settings(max_examples=30, deadline=None)

@@ -12,10 +12,18 @@ from torch import Tensor
 
 from ldm.data.scenes import ScenesConfig
 from ldm.data.sources import DataConfig
+from ldm.errors import UserError
+from ldm.evaluation.copying import LEAST_HELD_OUT
 from ldm.evaluation.features import Features
 from ldm.evaluation.report_alignment import alignment_section
-from ldm.evaluation.report_copying import copying_section, through_autoencoder, unseen_images
-from ldm.evaluation.report_data import ReportData, numbered_images, open_data, picture_at, told_scenes
+from ldm.evaluation.report_copying import (
+    CopySearch,
+    copying_section,
+    search_copies,
+    through_autoencoder,
+    unseen_images,
+)
+from ldm.evaluation.report_data import ReportData, numbered_images, open_data, picture_at, told_samples, told_scenes
 from ldm.evaluation.report_reconstruction import reconstruction_section
 from ldm.noise import NoiseConfig
 from ldm.picture import to_pil
@@ -49,7 +57,10 @@ class Words:
         return torch.tensor([[1.0, 0.0]]).expand(len(texts), 2)
 
 
-def test_copies_are_shown_beside_what_they_copy(make_pipeline: Callable[..., LatentDiffusionPipeline]) -> None:
+def test_copies_are_shown_beside_what_they_copy(
+    make_pipeline: Callable[..., LatentDiffusionPipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ldm.evaluation.report_copying.HELD_OUT", LEAST_HELD_OUT)
     autoencoder = make_pipeline(NoiseConfig()).vae
     source = open_data(TRAINING)
     ((numbers, images),) = numbered_images(source, TRAINING, [7, 149, 33], 8)
@@ -57,28 +68,20 @@ def test_copies_are_shown_beside_what_they_copy(make_pipeline: Callable[..., Lat
     assert picture_at(source, TRAINING, 33).tobytes() == to_pil(images)[2].tobytes()
     with torch.no_grad():
         copies = through_autoencoder(autoencoder)(images)
-    made = copying_section(
-        Corner(), [copies], lambda i: to_pil(copies)[i], DATA, autoencoder=autoencoder, most=10_000, seed=0
-    )
+
+    def search(data: ReportData, most: int) -> CopySearch:
+        return search_copies(Corner(), [copies], data, autoencoder=autoencoder, most=most, seed=0)
+
+    made = copying_section(search(DATA, 10_000), lambda i: to_pil(copies)[i], 32)
     assert made.values["copies"] is True and made.values["n"] == 3 and made.values["training"] == 150
     assert made.figures[0].value == 1.0 and made.verdict.startswith("COPIES")
     for sample, training in enumerate(numbers):
         assert f"sample {sample} | training {training}: 0.0/255 apart" in made.content
     assert made.content.count('<figure class="shown"') == 3
-    partly = copying_section(
-        Corner(), [copies], lambda i: to_pil(copies)[i], DATA, autoencoder=autoencoder, most=30, seed=0
-    )
+    partly = copying_section(search(DATA, 30), lambda i: to_pil(copies)[i], 32)
     assert "Only 30 of 150 training images were compared" in partly.verdict
-    unknown = copying_section(
-        Corner(),
-        [copies],
-        lambda i: to_pil(copies)[i],
-        replace(DATA, training=None),
-        autoencoder=autoencoder,
-        most=9,
-        seed=0,
-    )
-    assert "found no training images apart from held-out ones" in unknown.missing
+    with pytest.raises(UserError, match="found no training images apart from held-out ones"):
+        search(replace(DATA, training=None), 9)
 
 
 def test_images_that_the_model_has_not_seen_are_of_the_training_sets_kind() -> None:
@@ -119,3 +122,13 @@ def test_each_prompt_has_its_seed_and_scene() -> None:
     told = told_scenes(SCENES, 5, seed=3)
     assert [one.seed for one in told] == [3, 4, 5, 6, 7]
     assert all(one.scene is not None and one.scene.background in one.prompt for one in told)
+
+
+def test_captions_are_told_in_turn_and_not_sorted(tiny_pipeline: LatentDiffusionPipeline) -> None:
+    config = replace(TRAINING, scenes=replace(SCENES, count=12))
+    source = open_data(config)
+    told = [one.prompt for one in told_samples(tiny_pipeline, source, config, 30, seed=3)]
+    captions = [source.read(i).captions[0] for i in range(12)]
+    assert sorted(told[:12]) == sorted(captions) and told[:12] != captions
+    assert told == (told[:12] * 3)[:30]
+    assert [one.seed for one in told_samples(tiny_pipeline, source, config, 5, seed=3)] == [3, 4, 5, 6, 7]

@@ -15,7 +15,6 @@ from ldm.evaluation.scenes import (
     NOTHING,
     SceneScore,
     confusion_matrix,
-    confusion_table,
     find_background,
     rates,
     score_each,
@@ -58,13 +57,13 @@ def degraded(image: Image.Image, seed: int, blur: float = 0.6, noise: float = 4.
 @pytest.mark.parametrize(
     ("config", "resolution", "count"),
     [
-        pytest.param(DEMO, 32, 250, id="demo-32"),
-        pytest.param(ONE, 32, 300, id="one-32"),
-        pytest.param(TWO, 64, 150, id="two-64"),
-        pytest.param(THREE, 64, 60, id="three-64"),
-        pytest.param(EMOJI_ONE, 32, 60, id="emoji-32", marks=needs_font),
-        pytest.param(EMOJI_TWO, 64, 60, id="emoji-two-64", marks=needs_font),
-        pytest.param(EMOJI_THREE, 64, 30, id="emoji-three-64", marks=needs_font),
+        pytest.param(DEMO, 32, 120, id="demo-32"),
+        pytest.param(ONE, 32, 120, id="one-32"),
+        pytest.param(TWO, 64, 100, id="two-64"),
+        pytest.param(THREE, 64, 40, id="three-64"),
+        pytest.param(EMOJI_ONE, 32, 40, id="emoji-32", marks=needs_font),
+        pytest.param(EMOJI_TWO, 64, 40, id="emoji-two-64", marks=needs_font),
+        pytest.param(EMOJI_THREE, 64, 20, id="emoji-three-64", marks=needs_font),
     ],
 )
 def test_true_scenes_are_found_right(config: ScenesConfig, resolution: int, count: int, split: str) -> None:
@@ -81,7 +80,7 @@ def test_true_scenes_are_found_right(config: ScenesConfig, resolution: int, coun
 
 @pytest.mark.parametrize(
     ("config", "resolution", "count"),
-    [(DEMO, 32, 200), (ONE, 32, 200), (TWO, 64, 100), pytest.param(EMOJI_TWO, 64, 40, marks=needs_font)],
+    [(DEMO, 32, 100), (ONE, 32, 100), (TWO, 64, 60), pytest.param(EMOJI_TWO, 64, 30, marks=needs_font)],
     ids=["demo-32", "one-32", "two-64", "emoji-two-64"],
 )
 def test_degraded_scenes_are_found_right(config: ScenesConfig, resolution: int, count: int) -> None:
@@ -229,22 +228,9 @@ def test_rates_count_only_what_prompts_state() -> None:
     assert rates([]) == {"images": 0}
 
 
-def test_the_confusion_matrix_and_its_table() -> None:
+def test_the_confusion_matrix() -> None:
     scores = [result(("star", "star"), ("ring", NOTHING)), result(("star", "ring")), result(("star", "star"))]
-    matrix = confusion_matrix(scores)
-    assert matrix == {"star": {"star": 2, "ring": 1}, "ring": {NOTHING: 1}}
-    assert confusion_table(matrix).splitlines() == [
-        "| named \\ found | ring | star | nothing |",
-        "|---|---:|---:|---:|",
-        "| ring | 0 | 0 | 1 |",
-        "| star | 1 | 2 | 0 |",
-    ]
-    assert confusion_table(matrix, largest=1).splitlines() == [
-        "| named | found | times | of |",
-        "|---|---|---:|---:|",
-        "| ring | nothing | 1 | 1 |",
-        "| star | ring | 1 | 3 |",
-    ]
+    assert confusion_matrix(scores) == {"star": {"star": 2, "ring": 1}, "ring": {NOTHING: 1}}
 
 
 def test_objects_are_located_to_the_pixel() -> None:
