@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from autoencoder import Autoencoder, AutoencoderConfig, build_autoencoder, encode, to_unet
 from ldm.data.images import to_tensor
@@ -296,6 +297,13 @@ def test_all_figures_of_a_set_of_images(seen: FeatureSet) -> None:
     found = {one.name: one for one in measure_images(full, make_reference(full, "scenes", "f"), replicates=3)}
     assert found["sfid"].value == pytest.approx(0, abs=1e-6)
     assert found["inception_score"].setting.reference is None
+
+    moved = replace(full, features=replace(features, spatial=2 * seen.features.pooled + 1))
+    found = {one.name: one for one in measure_images(moved, make_reference(full, "scenes", "f"), replicates=3)}
+    stats = [fid_features_to_statistics(one.features.spatial.double()) for one in (moved, full)]
+    theirs = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
+    assert found["sfid"].value == pytest.approx(theirs, rel=1e-4)
+    assert found["fid"].value == pytest.approx(0, abs=1e-6)
 
 
 def test_samples_seen_otherwise_than_the_reference_are_refused(seen: FeatureSet) -> None:
