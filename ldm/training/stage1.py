@@ -90,17 +90,17 @@ class Stage1Config:
                 f"discriminator.layers: found {self.discriminator.layers}, which needs {smallest} px, but images come "
                 f"down to {shrunk:g} px; lower it, or raise data.resolution or loss.equivariance_minimum"
             )
+        for name, data in (("data", self.data), ("validation_data", self.validation_data)):
+            if data is not None and data.buckets is not None:
+                raise ValueError(
+                    f"{name}.buckets: found in stage 1, which trains on squares; allowed is null; leave it out"
+                )
         weights = [folder.weight for folder in self.data.folders or () if folder.weight != 1]
         if weights:
             raise ValueError(
                 f"data.folders: found weight {weights[0]} in stage 1, whose losses have none; allowed is 1; "
                 "use repeats instead"
             )
-        for name, data in (("data", self.data), ("validation_data", self.validation_data)):
-            if data is not None and data.buckets is not None:
-                raise ValueError(
-                    f"{name}.buckets: found in stage 1, which trains on squares; allowed is null; leave it out"
-                )
         for name in ("validation_images", "report_images", "statistics_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}; allowed is 1 or more")
