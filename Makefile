@@ -31,11 +31,12 @@ demo: $(VENV)/installed
 	@echo "Your own words: $(BIN)/ldm generate --model runs/demo/ldm/pipeline --prompt 'a red circle on a black background' --out runs/demo/mine"
 
 # Hypothesis draws the same cases each time here, so that a pass means something to the next person; test-all explores.
+# Files run in their order: the reordering of xdist leaves the long end-to-end ones to the last, and a core idle.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --hypothesis-profile ci -m "not slow" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --hypothesis-profile ci -m "not slow" $(TESTS)
 
 test-all: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

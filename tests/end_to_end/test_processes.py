@@ -25,7 +25,7 @@ def loss_curves(commands, stage, config, *overrides):
     return [[row["loss"] for row in losses(commands.folder / run) if "loss" in row] for run in ("one", "two")]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stage_2_has_the_same_loss_curve(commands, small_autoencoder, accumulation):
     config = commands.write_config("c.yaml", {**LDM, "autoencoder": str(small_autoencoder), "out": "unused"})
     one, two = loss_curves(commands, "ldm", config, f"training.accumulation={accumulation}")
@@ -39,6 +39,7 @@ def test_stage_1_has_the_same_loss_curve(commands):
     assert two == pytest.approx(one, rel=STAGE_1_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_stage_1_without_an_adversary_is_as_close_as_stage_2(commands):
     config = commands.write_config("c.yaml", {**VAE, "out": "unused"})
     one, two = loss_curves(commands, "vae", config, "discriminator.weight=0", "loss.perceptual=none")

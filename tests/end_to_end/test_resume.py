@@ -35,7 +35,10 @@ def assert_same_run(straight, resumed, steps):
     assert losses(straight) == losses(resumed)
 
 
-@pytest.mark.parametrize("case", ["vae", "ldm with cache", "ldm without cache", "ldm with maps and masks"])
+@pytest.mark.parametrize(
+    "case",
+    ["vae", "ldm with cache", pytest.param("ldm without cache", marks=pytest.mark.slow), "ldm with maps and masks"],
+)
 def test_kill_9_and_resume_is_bit_exact(commands, small_autoencoder, case):
     stage, values = stages(small_autoencoder)[case]
     config = commands.write_config("config.yaml", {**values, "out": "unused"})
