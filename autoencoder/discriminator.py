@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 AdversarialLoss = Literal["hinge", "vanilla"]
+GREATEST_ADAPTIVE_WEIGHT = 1e4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,12 +166,12 @@ def feature_matching(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
     return torch.stack(differences).mean()
 
 
-def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor, maximum: float = 1e4) -> Tensor:
-    """|grad rec| / (|grad adv| + 1e-4), clamped to [0, maximum], detached (VQGAN, arXiv 2012.09841, eq. 7).
+def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
+    """|grad rec| / (|grad adv| + 1e-4), clamped to [0, 10,000], detached (VQGAN, arXiv 2012.09841, eq. 7).
 
     Both gradients are of the decoder's last layer (`last_decoder_layer`); with several ranks, sum them over the ranks
     first, so that all ranks find the same weight.
     """
     reconstruction = torch.linalg.vector_norm(reconstruction_gradient.detach().float())
     adversarial = torch.linalg.vector_norm(adversarial_gradient.detach().float())
-    return (reconstruction / (adversarial + 1e-4)).clamp(0.0, maximum)
+    return (reconstruction / (adversarial + 1e-4)).clamp(0.0, GREATEST_ADAPTIVE_WEIGHT)

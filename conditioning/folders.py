@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 _PROGRAMS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code")
+"""Keys by which diffusers and transformers take code from a folder or from the hub."""
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""What a config may ask for; any other name is looked up on the hub, as a kernel to fetch."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm.cli.entry import printable
 from ldm.errors import UserError, user_input
 from ldm.files import write_text
 
@@ -81,7 +82,7 @@ def run_check(args: argparse.Namespace) -> int:
         min_side=args.min_side,
         buckets=buckets,
         threads=args.workers,
-        on_unusable=lambda problem: tqdm.write(_printable(f"{problem.name}: {problem.reason}"), file=sys.stdout),
+        on_unusable=lambda problem: tqdm.write(printable(f"{problem.name}: {problem.reason}"), file=sys.stdout),
     )
     _print_warnings(report)
     print(report.summary())
@@ -123,7 +124,7 @@ def run_maps(args: argparse.Namespace) -> int:
     from ldm.data.maps import convert_maps
 
     def show(problem: str) -> None:
-        tqdm.write(_printable(problem), file=sys.stdout)
+        tqdm.write(printable(problem), file=sys.stdout)
 
     with user_input(f"{args.out}: cannot be written", OSError):
         count = convert_maps(args.maps, args.out, args.classes, on_problem=show)
@@ -134,10 +135,4 @@ def run_maps(args: argparse.Namespace) -> int:
 def _print_warnings(report: CheckReport) -> None:
     for what, names in report.warnings.items():
         more = f" and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
-        print(_printable(f"warning: {what}: {', '.join(names[:_EXAMPLES])}{more}"), file=sys.stderr)
-
-
-def _printable(text: str) -> str:
-    """File names may hold bytes that are no UTF-8, and line breaks; they are shown escaped, so a line is a file."""
-    shown = "".join(letter if letter >= " " else ascii(letter)[1:-1] for letter in text)
-    return shown.encode("utf-8", "backslashreplace").decode("utf-8")
+        print(printable(f"warning: {what}: {', '.join(names[:_EXAMPLES])}{more}"), file=sys.stderr)

@@ -62,10 +62,14 @@ def check_out_folder(out: Path) -> None:
         raise UserError(f"--out {out}: {existing} cannot be written to; choose another folder")
 
 
+def printable(text: str) -> str:
+    """Escape line breaks, orders to the terminal and bytes that are no UTF-8, which names in strangers' files hold."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
 def _one_line(error: UserError | OSError) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         text = f"{place}{error.strerror}"
-    # A name in a stranger's file may hold what a terminal takes for an order.
-    return "".join(sign if sign.isprintable() else "?" for sign in " ".join(text.split()))
+    return printable(" ".join(text.split()))

@@ -9,18 +9,16 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from conditioning.class_file import read_classes
 from ldm.data.folder_index import ScannedEntries
 from ldm.data.images import open_image, open_mask, open_plain, open_semantic, read_header
 from ldm.data.metadata import METADATA_NAMES, MetadataEntries, OnProblem, Row, stop_at_problem
-from ldm.data.sample import UNKNOWN_CLASS, BadSample, Sample
+from ldm.data.sample import BadSample, Sample
+from ldm.data.sample_parts import CLASSES_NAME, caption_lines, check_classes, check_size
 from ldm.errors import UserError, user_input
 
-CLASSES_NAME = "classes.txt"
-"""The class file of the semantic maps, see conditioning/class_file.py."""
 MOST_CAPTION_BYTES = 1 << 20
 """A longer file is no caption."""
 _MOST_CLASSES = 1_000_000
@@ -114,23 +112,17 @@ class FolderSource:
                 content = file.read(MOST_CAPTION_BYTES + 1)
             if len(content) > MOST_CAPTION_BYTES:
                 raise ValueError(f"it has more than {MOST_CAPTION_BYTES} bytes")
-            lines = content.decode("utf-8-sig").splitlines()
+            return caption_lines(content)
         except (FileNotFoundError, NotADirectoryError):
             return ("",)
         except (OSError, ValueError) as error:
             raise BadSample(row.file_name, f"its caption file {path.name} cannot be read ({error})") from error
-        return tuple(line.strip() for line in lines if line.strip()) or ("",)
 
     def _semantic(self, row: Row, image: Image.Image | None) -> Image.Image | None:
         if row.semantic is None:
             return None
         semantic = self._part(row, row.semantic, open_semantic, image)
-        if self.semantic_classes:
-            values = np.asarray(semantic)
-            highest = int(values[values != UNKNOWN_CLASS].max(initial=0))
-            if highest >= len(self.semantic_classes):
-                allowed = f"{CLASSES_NAME} names 0 to {len(self.semantic_classes) - 1}, and 255 is unknown"
-                raise BadSample(row.file_name, f"its semantic map {row.semantic} has class {highest}; {allowed}")
+        check_classes(semantic, self.semantic_classes, row.file_name, f"its semantic map {row.semantic}")
         return semantic
 
     def _mask(self, row: Row, image: Image.Image | None) -> Image.Image | None:
@@ -142,9 +134,7 @@ class FolderSource:
             part = read(self.root / name)
         except BadSample as error:
             raise BadSample(row.file_name, f"{name}: {error.reason}") from error
-        if image is not None and part.size != image.size:
-            sizes = f"{part.width}x{part.height}, the image {image.width}x{image.height}"
-            raise BadSample(row.file_name, f"{name} is {sizes}; they must be of one size")
+        check_size(part, image, row.file_name, name)
         return part
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ldm.data.images import open_image, open_mask, open_semantic, read_header
 from ldm.data.sample import BadSample, Sample
+from ldm.data.sample_parts import check_size
 from ldm.errors import UserError, user_input
 
 if TYPE_CHECKING:
@@ -72,9 +73,8 @@ class HuggingFaceSource:
         image = self._picture(row, "image", key) if with_image else None
         semantic, mask = self._picture(row, "semantic", key), self._picture(row, "mask", key)
         for name, part in (("semantic", semantic), ("mask", mask)):
-            if image is not None and part is not None and part.size != image.size:
-                sizes = f"{part.width}x{part.height}, the image {image.width}x{image.height}"
-                raise BadSample(key, f"its {name} is {sizes}; they must be of one size")
+            if part is not None:
+                check_size(part, image, key, f"its {name}")
         captions = _captions(row.pop(self.caption_column), key)
         label = self._label(row.pop(self.label_column)) if self.label_column is not None else None
         return Sample(key, image, captions, semantic, mask, label, extra=row)

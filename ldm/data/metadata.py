@@ -177,6 +177,7 @@ def _path(values: dict[str, object], column: str) -> str | None:
         return None
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"{column} is {value!r}; it must be a path relative to the folder")
+    # The other half, U+DC80 and so on, is how Python spells the bytes of file names that are no UTF-8.
     if any("\ud800" <= letter <= "\udbff" for letter in value):
         raise ValueError(f"{column} holds half a character ({value!a}); mend what wrote it")
     path = posixpath.normpath(value)

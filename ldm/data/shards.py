@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from ldm.data.folder import CLASSES_NAME, read_semantic_classes
+from ldm.data.folder import read_semantic_classes
 from ldm.data.images import open_image, open_mask, open_semantic, read_header
 from ldm.data.metadata import check_captions
-from ldm.data.sample import UNKNOWN_CLASS, BadSample, Sample
+from ldm.data.sample import BadSample, Sample
+from ldm.data.sample_parts import caption_lines, check_classes, check_size
 from ldm.data.shard_archive import Shard, facts_of, find_shards
 from ldm.data.shard_index import (
     CAPTION,
@@ -114,10 +114,9 @@ class ShardsSource:
             told = values.pop("caption", None)  # img2dataset's name
         if self._has(index, CAPTION):
             try:
-                lines = self._bytes(index, CAPTION).decode("utf-8-sig").splitlines()
-            except UnicodeDecodeError as error:
+                told = list(caption_lines(self._bytes(index, CAPTION)))
+            except ValueError as error:
                 raise BadSample(key, f"its caption (.txt) is no UTF-8 ({error})") from error
-            told = [line.strip() for line in lines if line.strip()]
         captions = [told] if isinstance(told, str) else told or [""]
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise BadSample(key, f"its caption is {told!r}; it must be a caption or a list of captions")
@@ -138,12 +137,8 @@ class ShardsSource:
 
     def _semantic(self, index: int, key: str, image: Image.Image | None) -> Image.Image | None:
         semantic = self._part(index, key, SEMANTIC, open_semantic, image)
-        if semantic is not None and self.semantic_classes:
-            values = np.asarray(semantic)
-            highest = int(values[values != UNKNOWN_CLASS].max(initial=0))
-            if highest >= len(self.semantic_classes):
-                allowed = f"{CLASSES_NAME} names 0 to {len(self.semantic_classes) - 1}, and 255 is unknown"
-                raise BadSample(key, f"its semantic map has class {highest}; {allowed}")
+        if semantic is not None:
+            check_classes(semantic, self.semantic_classes, key, "its semantic map")
         return semantic
 
     def _part(
@@ -155,9 +150,7 @@ class ShardsSource:
             picture = read(self._bytes(index, part), key=key)
         except BadSample as error:
             raise BadSample(key, f"its .{part}: {error.reason}") from error
-        if image is not None and picture.size != image.size:
-            sizes = f"{picture.width}x{picture.height}, the image {image.width}x{image.height}"
-            raise BadSample(key, f"its .{part} is {sizes}; they must be of one size")
+        check_size(picture, image, key, f"its .{part}")
         return picture
 
 

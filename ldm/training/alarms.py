@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-ADAPTIVE_CEILING = 1e4
-"""`autoencoder.discriminator.adaptive_weight` goes no higher."""
+from autoencoder.discriminator import GREATEST_ADAPTIVE_WEIGHT
+
 _OF_NO_USE = {
     "wins": (
         "the discriminator has told reconstructions from images without a mistake (its loss is 0), so it teaches the "
@@ -79,7 +79,7 @@ class AdversaryWatch:
     def __init__(self, *, loss: str, weight: float, stretch: int = 500) -> None:
         """`loss` is hinge or vanilla and `weight` that of the config; `stretch`: how many steps are looked at."""
         self._blind = {"hinge": 1.0, "vanilla": math.log(2)}[loss]  # where all logits are 0
-        self._ceiling = ADAPTIVE_CEILING * weight
+        self._ceiling = GREATEST_ADAPTIVE_WEIGHT * weight
         self._stretch = stretch
         self._last: deque[tuple[float, float, float]] = deque(maxlen=stretch)
         self._heard = 0

@@ -105,7 +105,8 @@ def _step_name(found: Mapping[str, Any]) -> str:
 
 def _told(found: NotFinite, stage: Scripted, run: Run) -> str:
     """The one line; the first process writes the bundle."""
-    steps = [step for step in CheckpointFolder(run.folder / "checkpoints", keep=1).steps() if step <= found.step]
+    checkpoints = run.folder / "checkpoints"
+    steps = [step for step in CheckpointFolder(checkpoints, keep=1).steps() if step <= found.step]
     last = steps[-1] if steps else None
     folder = run.folder / FOLDER / f"step-{found.step}"
     command = f"{'accelerate launch' if run.accelerator.num_processes > 1 else 'python'} {stage.script} {folder}"
@@ -117,17 +118,13 @@ def _told(found: NotFinite, stage: Scripted, run: Run) -> str:
     keys = [sample.key for sample in found.samples]
     after = any("after the update" in name for name in found.values)
     stopped = "stopped before it was saved" if after else "stopped before the update"
-    good = "there is no checkpoint yet" if last is None else f"the last checkpoint in {_checkpoints(run)} is good"
+    good = "there is no checkpoint yet" if last is None else f"the last checkpoint in {checkpoints} is good"
     return (
         f"{found}; {stopped}, {good}{'' if last is None else f' (step-{last})'}. Lower the learning rate or look at "
         f"this batch: {', '.join(keys[:_KEYS_SHOWN])}"
         + (f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else "")
         + f". What does the step again and says which sample it was: {command}"
     )
-
-
-def _checkpoints(run: Run) -> Path:
-    return run.folder / "checkpoints"
 
 
 def _write(folder: Path, found: NotFinite, last: int | None, script: str, command: str, run: Run) -> None:

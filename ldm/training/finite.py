@@ -63,6 +63,11 @@ def broken_values(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in values.items() if not math.isfinite(value)}
 
 
+def broken_files(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """NaN by the name "FILE after the update", for each file of a checkpoint that would hold what is not finite."""
+    return {f"{file} after the update": math.nan for file, named in files.items() if broken_tensors(named)}
+
+
 def broken_tensors(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the floating tensors that hold a number that is not finite. Waits for the device."""
     return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]

@@ -76,7 +76,7 @@ def told_once(accelerator: Accelerator) -> Iterator[None]:
 
 def other_processes(state: Mapping[str, Any], processes: int) -> str | None:
     """What is not bit for bit the same when a checkpoint with this state is gone on with by so many processes."""
-    before = len(state.get("checksums", ())) or processes
+    before = int(state.get("processes", processes))
     if before == processes:
         return None
     return (

@@ -18,7 +18,15 @@ from ldm.data.sample import Batch, Source
 from ldm.data.sources import DataConfig
 from ldm.training.checkpoint import load_checkpoint
 from ldm.training.failure import Failure
-from ldm.training.finite import BatchSample, NotFinite, broken_tensors, broken_values, floating_tensors, samples_of
+from ldm.training.finite import (
+    BatchSample,
+    NotFinite,
+    broken_files,
+    broken_tensors,
+    broken_values,
+    floating_tensors,
+    samples_of,
+)
 from ldm.training.loop import Stage, TrainingConfig, restore, synchronised, update
 from ldm.training.run import Run, RuntimeConfig, join_processes
 
@@ -98,7 +106,7 @@ def replay(
     examined = [found for batch in of_step for found in _examine(stage, batch, failure.step, run)]
     try:
         update(stage, iter(of_step), failure.step, config, run, quarantine)
-        after = _after_update(stage)
+        after = broken_files({file: named for one in stage.learners for file, named in one.tensors().items()})
         return _report(run, failure, NotFinite(failure.step, after, []) if after else None, examined)
     except NotFinite as found:
         return _report(run, failure, found, examined)
@@ -118,12 +126,6 @@ def _report(run: Run, failure: Failure, found: NotFinite | None, examined: Seque
             print("each sample alone is finite: only the whole batch is not")
     run.close()
     return 0 if same else NOT_THE_SAME
-
-
-def _after_update(stage: Stage) -> dict[str, float]:
-    """As `save` names them."""
-    files = {file: named for learner in stage.learners for file, named in learner.tensors().items()}
-    return {f"{file} after the update": float("nan") for file, named in files.items() if broken_tensors(named)}
 
 
 def _examine(stage: Stage, batch: Batch, step: int, run: Run) -> Iterator[Examined]:

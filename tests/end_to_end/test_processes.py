@@ -20,8 +20,7 @@ def loss_curves(commands, stage, config, *overrides):
     commands.train(stage, config, "out=one", *overrides)
     commands.train_with_processes(2, stage, config, "out=two", *overrides)
     state = json.loads((commands.folder / "two" / "checkpoints" / "step-8" / "state.json").read_text())
-    first, second = state["checksums"]
-    assert first == second  # the weights, averages and optimiser states of both ranks
+    assert state["processes"] == 2  # which have compared weights, averages and optimiser states before they saved
     return [[row["loss"] for row in losses(commands.folder / run) if "loss" in row] for run in ("one", "two")]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,24 @@ from ldm.noise import NoiseConfig
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.sampling import make_scheduler
 from ldm.unet import UNetConfig, build_unet
+
+LimitFiles = Callable[[int], AbstractContextManager[None]]
+
+
+@contextmanager
+def _files_limited_to(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture(scope="session")
+def files_limited_to() -> LimitFiles:
+    """In `files_limited_to(size)` no file may grow beyond so many bytes: writing fails midway, as on a full disk."""
+    return _files_limited_to
 
 
 def build_pipeline(

@@ -190,7 +190,7 @@ def test_8_bit_adam_that_is_not_installed_is_one_line(learner, monkeypatch):
 
 
 def test_8_bit_adam_goes_on_with_the_same_bits(learner, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="the extra adam8bit")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra adam8bit)")
     straight, saved = (learner(0, large_net, kind="adamw8bit") for _ in range(2))
     other, stepped = (learner(1, large_net, kind="adamw8bit") for _ in range(2))
     train(straight, range(9))
@@ -209,7 +209,7 @@ def test_8_bit_adam_goes_on_with_the_same_bits(learner, tmp_path):
 
 
 def test_8_bit_adam_learns_nearly_what_adam_does(learner):
-    pytest.importorskip("bitsandbytes", reason="the extra adam8bit")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra adam8bit)")
     small, large = learner(0, large_net, kind="adamw8bit"), learner(0, large_net)
     before = large.module.second.weight.detach().clone()
     for one in (small, large):

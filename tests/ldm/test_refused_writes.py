@@ -9,11 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -94,16 +93,6 @@ def disk() -> Iterator[Disk]:
     patch.setattr(files, "_exchange", lambda one, other: (disk.operation(one), exchange(one, other))[1])
     yield disk
     patch.undo()
-
-
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(autouse=True)
@@ -341,7 +330,11 @@ def test_every_file_operation_refused(
 
 @pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS)])
 def test_a_file_that_may_not_grow(
-    name: str, parts: Components, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    parts: Components,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    files_limited_to: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     tried = 0
     for number in count():
