@@ -74,9 +74,7 @@ def condition_inputs(
     if "inpainting" in losing:
         if batch.masks is None or batch.images is None:
             raise TypeError("training on inpainting needs images and masks in the batch")
-        pixel_mask = choose(~losing["inpainting"], batch.masks, torch.ones_like(batch.masks[:1]))  # [B, 1, H, W]
-        masked_latents = encode_latents(masked_image(batch.images, pixel_mask))  # [B, C, h, w]
-        mask = mask_to_latents(pixel_mask, *masked_latents.shape[-2:])  # [B, 1, h, w]
+        mask, masked_latents = _inpainting_inputs(batch.images, batch.masks, losing["inpainting"], encode_latents)
     if "semantic" in losing:
         if batch.semantic is None:
             raise TypeError("training on semantic maps needs maps in the batch")
@@ -87,6 +85,22 @@ def condition_inputs(
             raise TypeError("training on labels needs labels in the batch")
         labels = choose(~losing["label"], batch.labels, torch.full_like(batch.labels[:1], UNKNOWN_LABEL))  # [B]
     return ConditionInputs(tokens, mask, masked_latents, semantic, labels)
+
+
+def _inpainting_inputs(
+    images: Tensor, masks: Tensor, lost: Tensor, encode_latents: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Masks [B, 1, h, w] and masked-image latents [B, C, h, w]; where the condition is `lost` the hole is everything.
+
+    Such samples share one grey picture, so it is encoded once: encoding takes about half as long as the U-Net's step at 512 px.
+    """
+    kept = (~lost).nonzero()[:, 0]  # on the CPU, so nothing waits for the device
+    masked_latents = encode_latents(torch.zeros_like(images[:1])).repeat(len(images), 1, 1, 1)
+    pixel_masks = torch.ones_like(masks)  # [B, 1, H, W]
+    if len(kept):
+        pixel_masks[kept] = masks[kept]
+        masked_latents[kept] = encode_latents(masked_image(images[kept], masks[kept]))
+    return mask_to_latents(pixel_masks, *masked_latents.shape[-2:]), masked_latents
 
 
 def draw_losing(dropouts: dict[str, float], batch: Batch, seed: int, step: int) -> dict[str, Tensor]:

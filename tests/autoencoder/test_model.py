@@ -65,6 +65,44 @@ def test_initial_logvar_is_where_the_posterior_starts(make, images, value):
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_fresh_convolutions_have_the_variance_of_he(kind):
+    torch.manual_seed(0)
+    config = AutoencoderConfig(kind=kind, channels=(32, 64), norm_groups=8, layers_per_block=1)
+    autoencoder = build_autoencoder(config)
+    checked = 0
+    for name, weight in autoencoder.named_parameters():
+        if weight.ndim == 4 and weight.numel() > 5000:
+            expected = (0.1 if ".conv2." in name else 1) * (2 / weight[0].numel()) ** 0.5
+            assert weight.std().item() == pytest.approx(expected, rel=0.05), name
+            checked += 1
+    assert checked > 10
+
+
+def mean_error_after_learning_plain_colours(autoencoder, steps=80):
+    """Of the last ten steps; 0.5 is what grey has."""
+    optimiser = torch.optim.AdamW(autoencoder.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    errors = []
+    for _ in range(steps):
+        colours = (torch.rand(16, 3, 1, 1) * 2 - 1).expand(-1, -1, 16, 16)
+        error = (decode(autoencoder, encode(autoencoder, colours).mean) - colours).abs().mean()
+        optimiser.zero_grad()
+        error.backward()
+        optimiser.step()
+        errors.append(error.item())
+    return sum(errors[-10:]) / 10
+
+
+def test_a_narrow_autoencoder_learns_plain_colours_sooner_than_from_torchs_weights(make):
+    fields = {"channels": (8, 16, 32), "mid_attention": False}
+    ours, torchs = make("kl", **fields), make("kl", **fields)
+    for module in torchs.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.reset_parameters()
+    ours, torchs = mean_error_after_learning_plain_colours(ours), mean_error_after_learning_plain_colours(torchs)
+    assert ours < 0.25 < torchs, (ours, torchs)
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
 def test_encoder_and_decoder_parameters_are_a_partition(make, kind):
     autoencoder = make(kind)
     parts = encoder_parameters(autoencoder) + decoder_parameters(autoencoder)
