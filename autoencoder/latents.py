@@ -176,6 +176,11 @@ class LatentStatistics:
         """[C], float64: the root of var(mean) + E[exp(logvar)]."""
         return self.covariance.diagonal().clamp_min(0.0).sqrt()
 
+    @property
+    def overall_std(self) -> Tensor:
+        """Scalar, float64: the deviation of all latents from their one mean, whatever their channel."""
+        return (self.std.square() + (self.mean - self.mean.mean()).square()).mean().sqrt()
+
     def _share(self, sums: Tensor) -> Tensor:
         if not self.count:
             raise ValueError("latent statistics: found no images; allowed is one or more; call update first")

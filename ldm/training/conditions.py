@@ -92,7 +92,7 @@ def _inpainting_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Masks [B, 1, h, w] and masked-image latents [B, C, h, w]; where the condition is `lost` the hole is everything.
 
-    Such samples share one grey picture, so it is encoded once: encoding takes about half as long as the U-Net's step at 512 px.
+    Such samples share one grey picture, which is encoded once: encoding all takes half as long as the U-Net's step.
     """
     kept = (~lost).nonzero()[:, 0]  # on the CPU, so nothing waits for the device
     masked_latents = encode_latents(torch.zeros_like(images[:1])).repeat(len(images), 1, 1, 1)

@@ -39,6 +39,8 @@ from ldm.training.learner import Learner, OptimiserConfig
 from ldm.training.loop import FREE_TO_CHANGE, TrainingConfig, Validation
 from ldm.training.run import Run, RuntimeConfig
 
+LatentScale = Literal["channel", "overall"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config:
@@ -52,6 +54,7 @@ class Stage1Config:
     validation_images: int = 64  # while training
     report_images: int = 512  # at the end
     statistics_images: int = 2048  # training images whose latent mean and deviation are folded into the weights
+    latent_scale: LatentScale = "channel"  # overall: one factor for all channels, the usual way, to compare with
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     train: Literal["all", "decoder"] = "all"  # decoder: the latents stay as they are, so a U-Net trained on them fits
     loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
@@ -67,6 +70,7 @@ class Stage1Config:
         "validation_",
         "report_images",
         "statistics_images",
+        "latent_scale",
         "keep_best",
     )
 

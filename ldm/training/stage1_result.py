@@ -17,7 +17,7 @@ from ldm.data.sample import Source
 from ldm.evaluation.reconstruction import ReconstructionReport, measure_reconstructions
 from ldm.files import whole_folder, write_text
 from ldm.training.run import Run
-from ldm.training.stage1 import AutoencoderStage, Stage1Config, evaluating
+from ldm.training.stage1 import AutoencoderStage, LatentScale, Stage1Config, evaluating
 
 
 def finish(
@@ -36,7 +36,8 @@ def finish(
         backup = {name: value.clone() for name, value in autoencoder.state_dict().items()}
         try:
             if config.train == "all":
-                normalise_latents(autoencoder, fixed_images(training_source, config.data, config.statistics_images))
+                images = fixed_images(training_source, config.data, config.statistics_images)
+                normalise_latents(autoencoder, images, config.latent_scale)
             data = config.validation_data or config.data
             images = fixed_images(validation_source, data, config.report_images)
             report, picture = measure_reconstructions(
@@ -57,13 +58,22 @@ def finish(
 
 
 @torch.no_grad()
-def normalise_latents(autoencoder: Autoencoder, batches: Iterable[Tensor]) -> LatentStatistics:
-    """Measure the latents of images and fold their mean and standard deviation into the weights (DESIGN.md 4)."""
+def normalise_latents(
+    autoencoder: Autoencoder, batches: Iterable[Tensor], scale: LatentScale = "channel"
+) -> LatentStatistics:
+    """Measure the latents of images and fold their mean and standard deviation into the weights (DESIGN.md 4).
+
+    `overall`: one factor for all and no shift, as latent diffusion's `scale_by_std` does (arXiv 2112.10752, app. G).
+    """
     device = next(autoencoder.parameters()).device
     statistics = LatentStatistics(latent_channels(autoencoder))
     for images in tqdm(batches, desc="latent statistics", unit="batch", leave=False):
         statistics.update(encode(autoencoder, images.to(device)))
-    fold_normalisation(autoencoder, statistics.mean, statistics.std, statistics.covariance)
+    if scale == "overall":
+        deviations = statistics.overall_std.expand(statistics.channels)
+        fold_normalisation(autoencoder, torch.zeros_like(statistics.mean), deviations)
+    else:
+        fold_normalisation(autoencoder, statistics.mean, statistics.std, statistics.covariance)
     return statistics
 
 

@@ -219,6 +219,7 @@ def test_statistics_describe_posterior_samples():
     samples = moments.sample(torch.randn(moments.mean.shape, generator=torch.Generator().manual_seed(5)))
     statistics = _of(moments, 3)
     torch.testing.assert_close(statistics.std.float(), samples.std(dim=(0, 2, 3)), rtol=0.02, atol=0)
+    torch.testing.assert_close(statistics.overall_std.float(), samples.std(), rtol=0.02, atol=0)
     expected = torch.cov(samples.transpose(0, 1).flatten(1))
     torch.testing.assert_close(statistics.covariance.float(), expected, rtol=0.03, atol=0.1)
     assert (statistics.std > moments.mean.double().std(dim=(0, 2, 3)) * 1.005).all()  # the noise counts

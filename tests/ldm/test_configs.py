@@ -80,6 +80,16 @@ def test_there_are_configs_of_both_stages_and_no_others():
     assert [path for path in FILES if path not in VAES + LDMS + FINETUNING] == []
 
 
+def test_what_goes_on_from_a_model_of_ours_has_its_pictures_and_its_cache():
+    further = [path for path in LDMS if config_of(path).model is not None]
+    assert [name_of(path) for path in further] == ["reference/ldm-conditions"]
+    for path in further:
+        config = config_of(path)
+        first = OWN[config.model]
+        assert (config.data, config.validation_data) == (first.data, first.validation_data)
+        assert config.cache.folder == f"{first.out}/latents"
+
+
 @pytest.mark.parametrize("path", FINETUNING, ids=name_of)
 def test_finetuning_is_a_dozen_lines_and_is_started_as_its_first_line_says(path):
     first, *lines = path.read_text(encoding="utf-8").splitlines()
@@ -146,7 +156,7 @@ def test_autoencoders(path):
         assert count(autoencoder) == PARAMETERS[path.stem]
 
 
-@pytest.mark.parametrize("path", LDMS, ids=name_of)
+@pytest.mark.parametrize("path", [path for path in LDMS if config_of(path).model is None], ids=name_of)
 def test_unets_fit_the_autoencoders_that_they_name(path):
     config, autoencoder = config_of(path), autoencoder_for(path)
     assert config.data.resolution % downsampling_factor(autoencoder) == 0
