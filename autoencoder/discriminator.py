@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 AdversarialLoss = Literal["hinge", "vanilla"]
 GREATEST_ADAPTIVE_WEIGHT = 1e4
+"""Latent diffusion's ceiling of the adaptive weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ def feature_matching(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
-    """|grad rec| / (|grad adv| + 1e-4), clamped to [0, 10,000], detached (VQGAN, arXiv 2012.09841, eq. 7).
+    """|grad rec| / (|grad adv| + 1e-4), clamped to [0, 1e4], detached (VQGAN, arXiv 2012.09841, eq. 7).
 
     Both gradients are of the decoder's last layer (`last_decoder_layer`); with several ranks, sum them over the ranks
     first, so that all ranks find the same weight.

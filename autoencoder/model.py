@@ -21,7 +21,9 @@ _CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 _KINDS = {"kl": "AutoencoderKL", "vq": "VQModel"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HE_OVER_TORCH = math.sqrt(2 * 3)
+"""Standard deviation of He's first weights, the root of 2 / fan-in, over torch's, the root of 1 / (3 fan-in)."""
 _BRANCH_END = 0.1
+"""By how much the last convolution of a residual branch starts smaller still."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ def _with_he_weights(autoencoder: Autoencoder) -> Autoencoder:
 
     torch's default is 1 / (3 fan-in). Each of the dozen convolutions on the way from image to image then loses two
     thirds of the signal's variance, and what is left of a plain colour is lost in the residual branches: narrow
-    autoencoders take several times as long to learn colours at all (docs/reference.md has the curves).
+    autoencoders take several times as long to learn colours at all (docs/reference.md has the figures).
     """
     with torch.no_grad():
         for name, module in autoencoder.named_modules():

@@ -92,9 +92,11 @@ def _inpainting_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Masks [B, 1, h, w] and masked-image latents [B, C, h, w]; where the condition is `lost` the hole is everything.
 
-    Such samples share one grey picture, which is encoded once: encoding all takes half as long as the U-Net's step.
+    `lost` is bool [B] on the CPU. Those samples share one grey picture, which is encoded once: at 512 px encoding takes
+    about half as long as the U-Net's step.
     """
-    kept = (~lost).nonzero()[:, 0]  # on the CPU, so nothing waits for the device
+    # Found on the CPU and copied without waiting; an index on the CPU would be copied by waiting for the device.
+    kept = (~lost).nonzero()[:, 0].to(images.device, non_blocking=True)
     masked_latents = encode_latents(torch.zeros_like(images[:1])).repeat(len(images), 1, 1, 1)
     pixel_masks = torch.ones_like(masks)  # [B, 1, H, W]
     if len(kept):

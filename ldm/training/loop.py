@@ -209,6 +209,11 @@ def train(
                 raise SystemExit(EXIT_STOPPED_BY_SIGNAL)
 
 
+def checkpoint_files(stage: Stage) -> dict[str, Mapping[str, Tensor]]:
+    """All that a checkpoint of the stage holds, by file and name."""
+    return {file: named for learner in stage.learners for file, named in learner.tensors().items()}
+
+
 def save(
     stage: Stage,
     write: Callable[[int, Tensors, Mapping[str, Any]], object],
@@ -221,7 +226,7 @@ def save(
     Raises `UserError`, and writes nothing, if the processes no longer hold the same weights; `NotFinite` if the last
     update, which saw `samples`, made a tensor that is not finite.
     """
-    tensors = {name: named for learner in stage.learners for name, named in learner.tensors().items()}
+    tensors = checkpoint_files(stage)
     every = {f"{file}: {name}": tensor for file, named in tensors.items() for name, tensor in named.items()}
     compare_processes(every, step, run.accelerator)
     broken = broken_files(tensors)

@@ -27,7 +27,7 @@ from ldm.training.finite import (
     floating_tensors,
     samples_of,
 )
-from ldm.training.loop import Stage, TrainingConfig, restore, synchronised, update
+from ldm.training.loop import Stage, TrainingConfig, checkpoint_files, restore, synchronised, update
 from ldm.training.run import Run, RuntimeConfig, join_processes
 
 NOT_THE_SAME = 1
@@ -106,7 +106,7 @@ def replay(
     examined = [found for batch in of_step for found in _examine(stage, batch, failure.step, run)]
     try:
         update(stage, iter(of_step), failure.step, config, run, quarantine)
-        after = broken_files({file: named for one in stage.learners for file, named in one.tensors().items()})
+        after = broken_files(checkpoint_files(stage))
         return _report(run, failure, NotFinite(failure.step, after, []) if after else None, examined)
     except NotFinite as found:
         return _report(run, failure, found, examined)
