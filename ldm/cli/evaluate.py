@@ -57,6 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also measure bits per dimension, on N images (default 64)",
     )
     parser.add_argument(
+        "--trained",
+        type=int,
+        nargs="?",
+        const=COUNT,
+        default=0,
+        metavar="N",
+        help=f"of scenes: also draw N combinations that training showed, and compare (default {COUNT})",
+    )
+    parser.add_argument(
         "--training-images",
         type=int,
         default=10_000,
@@ -78,8 +87,9 @@ def run(args: argparse.Namespace) -> None:
     """Check, draw, measure, write."""
     check_report(args, "sweep_count", "training_images", "resolution")
     sweep = parse_sweep(args.sweep)
-    if args.likelihood < 0:
-        raise UserError(f"--likelihood: found {args.likelihood}; allowed is 1 or more, or to leave it out")
+    for name in ("likelihood", "trained"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name}: found {getattr(args, name)}; allowed is 1 or more, or to leave it out")
     drawing = drawing_of(args, COUNT, sweep, args.sweep_count)
     data = find_data(args.data, args.model)
     folder = autoencoder_folder(args.model)
@@ -107,11 +117,14 @@ def parse_sweep(text: str | None) -> tuple[float, ...]:
 def _evaluate_model(args: argparse.Namespace, data: ReportData, drawing: Drawing) -> None:
     """Draw with every process, then measure with the first."""
     from ldm.data.sources import open_source
+    from ldm.evaluation.report_data import told_scenes
     from ldm.evaluation.report_drawing import draw_all, told_for
     from ldm.evaluation.report_model import prepare
     from ldm.interchange.fingerprint import base_model_hash
     from ldm.interchange.opening import open_pipeline
 
+    if args.trained and data.vocabulary is None:
+        raise UserError(f"--trained: found data.source {data.config.source}; allowed is scenes; leave it out")
     with shared_work(args.device) as (share, device):
         pipeline = open_pipeline(args.model, dtype=args.dtype, device=device)
         side = min(pipeline.default_size)
@@ -119,11 +132,16 @@ def _evaluate_model(args: argparse.Namespace, data: ReportData, drawing: Drawing
         source = open_source(data.config)
         told = told_for(pipeline, data, source, drawing.count, drawing.seed)
         weights = base_model_hash(args.model)
-        drawn = draw_all(pipeline, told, drawing, side, args.out / IMAGES, share, weights)
+        folder = args.out / IMAGES
+        drawn = draw_all(pipeline, told, drawing, side, folder, share, weights)
+        trained = None
+        if args.trained and data.vocabulary is not None:
+            seen = told_scenes(data.vocabulary, args.trained, drawing.seed, trained=True)
+            trained = draw_all(pipeline, seen, replace(drawing, sweep=()), side, folder, share, weights)[""]
         if share.rank > 0:
             return
     measuring = replace(measuring_of(args, data), likelihood=args.likelihood, training_images=args.training_images)
-    made = prepare(pipeline, data, source, drawn, measuring, args.out / CACHE)
+    made = prepare(pipeline, data, source, drawn, measuring, args.out / CACHE, trained)
     _write_model_report(args, made, drawing, weights)
     if not args.keep_images:
         for one in drawn.values():

@@ -72,7 +72,13 @@ def run(arguments: argparse.Namespace) -> None:
         pairs = zip(pictures, variations, strict=True)
         pictures = [varied(pipeline, one, options, seed, arguments.variation_strength) for one, seed in pairs]
     images = draw_numbered(pipeline, pictures, options, arguments.out)
-    write_grid(images, given, arguments.count if arguments.count > 1 else None, arguments.out)
+    columns = arguments.count if arguments.count > 1 else None
+    if "semantic_map" in inputs:
+        from ldm.picture import colour_map
+
+        images, given = [colour_map(inputs["semantic_map"]), *images], ["the map", *given]
+        columns = None
+    write_grid(images, given, columns, arguments.out)
     if len(pictures) > GRID_LIMIT:
         print(f"grid.png holds the first {GRID_LIMIT} of {len(pictures)} pictures", file=sys.stderr)
 

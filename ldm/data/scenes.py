@@ -41,6 +41,7 @@ from ldm.randomness import derive_seed
 
 VERSION = 1  # part of the fingerprint: raise it when the same config would draw other pictures or captions
 SIZES = ("small", "large")
+Split = Literal["train", "held_out"]
 _T = TypeVar("_T")
 
 MARGIN = 0.04  # of the side: between an object and the border
@@ -68,7 +69,7 @@ class ScenesConfig:
     sizes: tuple[Literal["small", "large"], ...] = ("small", "large")  # worded in captions only when both are there
     relations: bool = True  # captions of two objects say where the first lies
     held_out: float = 0.1  # share of the combinations that never occur in the split "train"
-    split: Literal["train", "held_out"] = "train"
+    split: Split = "train"
 
     def __post_init__(self) -> None:
         """Check every field; raise `ValueError` naming it."""
@@ -373,11 +374,20 @@ def held_out_prompts(config: ScenesConfig, count: int, seed: int = 0) -> list[tu
     First every combination in phrasing 0, then in the other phrasings, so that all prompts differ as far as there are
     so many; after that they repeat in turn. Raises `UserError` when nothing is held out.
     """
-    with user_input("held-out prompts", ValueError):
-        held = dataclasses.replace(config, split="held_out", seed=derive_seed(seed, "held-out prompts"))
+    return _split_prompts(config, "held_out", count, seed, "held-out prompts")
+
+
+def trained_prompts(config: ScenesConfig, count: int, seed: int = 0) -> list[tuple[str, Scene]]:
+    """The same of combinations that training shows, in other scenes than training's."""
+    return _split_prompts(config, "train", count, seed, "trained prompts")
+
+
+def _split_prompts(config: ScenesConfig, split: Split, count: int, seed: int, name: str) -> list[tuple[str, Scene]]:
+    with user_input(name, ValueError):
+        config = dataclasses.replace(config, split=split, seed=derive_seed(seed, name))
     found: dict[str, Scene] = {}
     for index in range(_PROMPT_SEARCH * count):
-        scene = scene_at(held, index)
+        scene = scene_at(config, index)
         found.setdefault(caption(scene), scene)
         if len(found) == count:
             break

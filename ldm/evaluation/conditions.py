@@ -32,7 +32,7 @@ from ldm.evaluation.condition_report import (
     measurement_of,
     rates_of,
 )
-from ldm.evaluation.maps import check_shapes, mean_iou, recover_map
+from ldm.evaluation.maps import mean_iou, recover_map
 from ldm.evaluation.scene_edits import on_another_background, rearranged, recoloured, with_another_object
 from ldm.evaluation.scene_holes import (
     continues_background,
@@ -44,7 +44,7 @@ from ldm.evaluation.scene_holes import (
     only_first_object,
     same_outside,
 )
-from ldm.evaluation.scenes import NOTHING, Array, score_image
+from ldm.evaluation.scenes import NOTHING, Array, SceneScore, score_image
 from ldm.randomness import derive_seed
 
 
@@ -76,7 +76,7 @@ def measure_conditions(
     "text", "label", "semantic" and "inpainting" alone; "semantic+text" and "inpainting+text" if both are named. What is
     not named is not measured and not in the report. At most 13 x `count` pictures are drawn.
 
-    Raises `UserError` for unknown names, for emoji, for a vocabulary too small to change anything in a scene, and when
+    Raises `UserError` for unknown names, for a vocabulary too small to change anything in a scene, and when
     nothing is held out; all before the first picture.
     """
     _check_names(names, config)
@@ -144,7 +144,10 @@ class Exam:
 
 
 def measure_text(exam: Exam) -> Measurement:
-    """Text alone: the scorer's rates; followed: with another colour in the prompt, the picture's colours are those."""
+    """Text alone: the scorer's rates; followed: with another colour in the prompt, both pictures have their colour.
+
+    Here and below, the colour that is changed is that of a shape; with emoji, which have their own, the background's.
+    """
     changed = exam.change(recoloured, "colour")
     prompts, others = _prompts(exam.scenes), _prompts(changed)
     before, after = exam.draw(prompts=prompts), exam.draw(prompts=others)
@@ -152,7 +155,10 @@ def measure_text(exam: Exam) -> Measurement:
     def judge(i: int, pair: tuple[Image.Image, Image.Image]) -> Answers:
         score, other = score_image(pair[0], exam.scenes[i], exam.config), score_image(pair[1], changed[i], exam.config)
         parts = ("background", "objects", "colours", "sizes", "relation", "everything")
-        return {**{part: getattr(score, part) for part in parts}, "text_followed": score.colours and other.colours}
+        return {
+            **{part: getattr(score, part) for part in parts},
+            "text_followed": _colour_right(score) and _colour_right(other),
+        }
 
     rates = rates_of(list(zip(before, after, strict=True)), judge, ("text",))
     return measurement_of(("text",), rates, [(before, prompts), (after, others)])
@@ -196,9 +202,9 @@ def measure_semantic(exam: Exam) -> Measurement:
 def measure_semantic_and_text(exam: Exam) -> Measurement:
     """Map and prompt: the map's IoU and the prompt's colours, of which the map says nothing.
 
-    Text followed: with another colour in the prompt and the same map, the colours are those. Semantic followed: with
-    the same prompt and a map of the same objects at other places, each picture agrees better with its own map. The
-    baseline of `map_iou` is the picture for those other places, as the prompt names the map's objects.
+    Text followed: with another colour in the prompt and the same map, both pictures have their colour. Semantic
+    followed: with the same prompt and a map of the same objects at other places, each picture agrees better with its
+    own map. The baseline of `map_iou` is the picture for those other places, as the prompt names the map's objects.
     """
     changed, moved = exam.change(recoloured, "colour"), exam.change(rearranged, "place")
     prompts, others, maps, places = _prompts(exam.scenes), _prompts(changed), exam.maps(exam.scenes), exam.maps(moved)
@@ -217,7 +223,7 @@ def measure_semantic_and_text(exam: Exam) -> Measurement:
             "semantic_followed": _follows(overlap),
             "background": score.background,
             "colours": score.colours,
-            "text_followed": score.colours and other.colours,
+            "text_followed": _colour_right(score) and _colour_right(other),
         }
 
     needs = {"map_iou": ("semantic",), "semantic_followed": ("semantic",)}
@@ -299,6 +305,11 @@ def measure_inpainting_and_text(exam: Exam) -> Measurement:
     return measurement_of(both, rates, rows, figures)
 
 
+def _colour_right(score: SceneScore) -> bool:
+    """Whether the picture has the colours that `recoloured` changes."""
+    return score.background if score.colours is None else score.colours
+
+
 def _overlaps(exam: Exam, given: Sequence[Image.Image], found: Sequence[Array]) -> list[list[float]]:
     """Mean IoU of each map given (rows) with each recovered (columns)."""
     classes = len(exam.config.object_names) + 1
@@ -331,12 +342,12 @@ def _check_names(names: Collection[str], config: ScenesConfig) -> None:
 
 def _check_vocabulary(config: ScenesConfig, names: Collection[str]) -> None:
     """Whether every scene leaves something to change it to."""
-    check_shapes(config)
     objects, grounds, most = len(config.object_names), config.background_names, config.max_objects
-    if "text" in names and min(len(set(config.colour_names) - {ground}) for ground in grounds) < 2:
+    spare = min(len(set(config.colour_names) - {ground}) for ground in grounds)
+    if "text" in names and config.kind == "shapes" and spare < 2:
         raise UserError("colours: found fewer than 2 on some background; a change of colour needs 2; name more")
     shared = len(set(grounds) & set(config.colour_names))
-    if "inpainting" in names and len(grounds) - 1 - min(most, shared) < 1:
+    if ("inpainting" in names or config.kind == "emoji") and len(grounds) - 1 - min(most, shared) < 1:
         raise UserError("backgrounds: found no other for some scenes; a change of background needs one; name more")
     needed = most + 2 if {"inpainting", "text"} <= set(names) else 2 if "label" in names else 1
     if objects < needed:

@@ -1,25 +1,26 @@
 """Semantic maps read back from pictures of the built-in scenes, and how well they agree with the maps asked for.
 
 A pixel belongs to an object if the object's colour covers at least half of it, as in the scenes' own maps. The outline
-is taken from the pixels as drawn, never from a template, so that a ragged or misplaced object costs intersection over
-union; only the class of each connected part is that of the scorer's best template.
+is taken from the pixels as drawn, never from a template alone, so that a ragged or misplaced object costs intersection
+over union; only the class of each part is that of the scorer's best template.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
 from ldm.data.sample import UNKNOWN_CLASS
-from ldm.data.scene_rendering import PALETTE
+from ldm.data.scene_rendering import PALETTE, emoji_sprite
 from ldm.data.scenes import ScenesConfig
-from ldm.errors import UserError
 from ldm.evaluation.scenes import (
     Array,
+    Found,
     colour_distances,
     connected_parts,
+    explain_by_emoji,
     find_background,
     grown_by_one,
     match_peaks,
@@ -28,16 +29,23 @@ from ldm.evaluation.scenes import (
     shape_bank,
 )
 
+_INVISIBLE = 30.0  # RGB distance: half the least one between two colours of the palette
+
 
 def recover_map(image: Image.Image, config: ScenesConfig) -> Array:
-    """The semantic map uint8 [H, W] that a square picture of shapes shows: 0 = background, i = the i-th object.
+    """The semantic map uint8 [H, W] that a square picture shows: 0 = background, i = the i-th object.
 
-    Every part that differs from the background gets the class of the template most like it, however many parts there
-    are and however little they look like any: what does not belong there counts as wrong, never as background.
-
-    Raises `UserError` for emoji and `ValueError` if the picture is not square.
+    Raises `ValueError` if the picture is not square.
     """
-    check_shapes(config)
+    return _map_of_shapes(image, config) if config.kind == "shapes" else _map_of_emoji(image, config)
+
+
+def _map_of_shapes(image: Image.Image, config: ScenesConfig) -> Array:
+    """Every part that differs from the background gets the class of the template most like it.
+
+    However many parts there are and however little they look like any: what does not belong there counts as wrong,
+    never as background.
+    """
     pixels = pixels_of(image)  # at most 64 px a side, enough to tell shapes apart
     background, colour = find_background(pixels, config)
     contrast = np.linalg.norm(pixels - colour, axis=2)
@@ -55,13 +63,48 @@ def recover_map(image: Image.Image, config: ScenesConfig) -> Array:
     return result
 
 
-def check_shapes(config: ScenesConfig) -> None:
-    """Raise `UserError` unless the scenes show shapes."""
-    if config.kind != "shapes":
-        raise UserError(
-            f"kind: found {config.kind}; allowed is shapes: an emoji may have the colour of its background, so that "
-            "no map can be recovered; choose kind: shapes"
-        )
+def _map_of_emoji(image: Image.Image, config: ScenesConfig) -> Array:
+    """A pixel is an emoji's if it looks like that emoji there, or like neither it nor the background.
+
+    The template only decides where it has, all but `_INVISIBLE`, the colour of the background, so that nothing can be
+    seen. What no template accounts for belongs to the nearest emoji, and to the last class if there is none.
+    """
+    small = pixels_of(image)
+    background, colour = find_background(small, config)
+    found = explain_by_emoji(small, background, colour, config)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    expected = np.broadcast_to(colour, pixels.shape).astype(np.float32)  # [H, W, 3]
+    result = np.zeros(pixels.shape[:2], dtype=np.uint8)
+    contrast = np.linalg.norm(pixels - colour, axis=2)
+    for one in reversed(found):  # the first explains most and lies on top
+        window, sprite = _sprite_at(one, len(pixels))
+        coverage = sprite[..., 3:] / 255
+        expected[window] += coverage * (sprite[..., :3] - expected[window])
+        missing = np.linalg.norm(pixels[window] - expected[window], axis=2) - contrast[window] > _INVISIBLE
+        owned = (coverage[..., 0] >= 0.5) & ~missing
+        result[window][owned] = config.object_names.index(one.name) + 1
+    foreign = (np.minimum(contrast, np.linalg.norm(pixels - expected, axis=2)) > 2 * _INVISIBLE) & (result == 0)
+    result[foreign] = _nearest(foreign, found, config)
+    return result
+
+
+def _sprite_at(found: Found, resolution: int) -> tuple[tuple[slice, slice], Array]:
+    """Where an emoji lies in a picture of this side, and what it looks like, RGBA [h, w, 4], cut off at the edge."""
+    side = max(1, round(found.side * resolution))
+    left, top = (max(0, round(centre * resolution - side / 2)) for centre in (found.x, found.y))
+    window = slice(top, min(top + side, resolution)), slice(left, min(left + side, resolution))
+    sprite = np.asarray(emoji_sprite(found.name, side), dtype=np.float32)
+    return window, sprite[: window[0].stop - top, : window[1].stop - left]
+
+
+def _nearest(pixels: Array, found: Sequence[Found], config: ScenesConfig) -> Array:
+    """For each pixel of a mask [H, W] the class of the object whose centre is nearest."""
+    if not found:
+        return np.array(len(config.object_names))
+    places = (np.argwhere(pixels) + 0.5) / len(pixels)  # [N, 2] of y, x
+    centres = np.array([(one.y, one.x) for one in found])
+    nearest = np.linalg.norm(places[:, None] - centres, axis=2).argmin(axis=1)
+    return np.array([config.object_names.index(one.name) + 1 for one in found])[nearest]
 
 
 def _parts(contrast: Array, background: str, config: ScenesConfig) -> Iterator[tuple[Array, float]]:

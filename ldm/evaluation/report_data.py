@@ -15,7 +15,7 @@ from ldm.data.fixed_batches import fixed_batches, fixed_images
 from ldm.data.loader import Wanted
 from ldm.data.sample import BadSample, Batch, Source
 from ldm.data.scene_rendering import Scene
-from ldm.data.scenes import ScenesConfig, held_out_prompts
+from ldm.data.scenes import ScenesConfig, held_out_prompts, trained_prompts
 from ldm.data.sources import DataConfig, open_source
 from ldm.data.transforms import Geometry, apply_geometry, size_for
 from ldm.evaluation.features import FeatureExtractor, extract_features
@@ -67,9 +67,9 @@ def _square(config: DataConfig, side: int) -> DataConfig:
     return replace(config, resolution=side, buckets=None, crop="center", flip=False)
 
 
-def told_scenes(config: ScenesConfig, count: int, seed: int) -> list[Told]:
-    """Prompts of held-out combinations; picture i is drawn from seed + i."""
-    prompts = held_out_prompts(config, count, seed)
+def told_scenes(config: ScenesConfig, count: int, seed: int, *, trained: bool = False) -> list[Told]:
+    """Prompts of held-out combinations, or of trained ones; picture i is drawn from seed + i."""
+    prompts = (trained_prompts if trained else held_out_prompts)(config, count, seed)
     return [Told(prompt=prompt, seed=seed + i, scene=scene) for i, (prompt, scene) in enumerate(prompts)]
 
 

@@ -25,7 +25,7 @@ from ldm.evaluation.report_eyes import Eyes, References, in_fp32, open_eyes
 from ldm.evaluation.report_images import image_section, samples_section
 from ldm.evaluation.report_likelihood import likelihood_section
 from ldm.evaluation.report_reconstruction import reconstruction_section
-from ldm.evaluation.report_scenes import flag_of, scene_figures, scenes_section
+from ldm.evaluation.report_scenes import combinations_section, flag_of, scene_figures, scenes_section
 from ldm.evaluation.report_sweep import SweepPoint, sweep_section
 from ldm.evaluation.scenes import SceneScore
 from ldm.pipeline import LatentDiffusionPipeline
@@ -67,6 +67,8 @@ class Measured:
     references: References
     scores: list[SceneScore] = field(default_factory=list)
     """Of the main pictures, where the data are scenes."""
+    trained_scores: list[SceneScore] = field(default_factory=list)
+    """Of pictures of combinations that training showed, where they were asked for."""
 
     @property
     def main(self) -> Drawn:
@@ -91,14 +93,19 @@ def prepare(
     drawn: Mapping[str, Drawn],
     measuring: Measuring,
     cache: Path,
+    trained: Drawn | None = None,
 ) -> Measured:
-    """Open the extractors and, for scenes, score the pictures. `cache` is the folder for statistics of references."""
+    """Open the extractors and, for scenes, score the pictures. `cache` is the folder for statistics of references.
+
+    `trained` are pictures of combinations that training showed, to compare with.
+    """
     autoencoder = in_fp32(pipeline.vae)
     side, scenes = data.config.resolution, data.vocabulary
     eyes = open_eyes(measuring.extractors, side, autoencoder, scenes, pipeline.device)
     references = References(eyes, data, source, measuring.reference, cache)
     scores = drawn[""].scores(scenes) if scenes is not None else []
-    return Measured(pipeline, data, source, drawn, measuring, autoencoder, eyes, references, scores)
+    trained_scores = trained.scores(scenes) if scenes is not None and trained is not None else []
+    return Measured(pipeline, data, source, drawn, measuring, autoencoder, eyes, references, scores, trained_scores)
 
 
 def model_sections(made: Measured) -> list[Section]:
@@ -106,6 +113,8 @@ def model_sections(made: Measured) -> list[Section]:
     sections = [_samples(made)]
     if made.scores:
         sections.append(scenes_section(made.scores, made.side))
+    if made.trained_scores:
+        sections.append(combinations_section(made.scores, made.trained_scores, made.side))
     sections += [
         attempt(f"image_metrics_{name}", _through(extractor.name), lambda name=name: _images(made, name))  # type: ignore[misc]
         for name, extractor in made.eyes.opened.items()

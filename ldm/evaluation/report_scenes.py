@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ldm.evaluation.bootstrap import share_estimate
 from ldm.evaluation.measurement import Measurement, Setting
-from ldm.evaluation.page import note, plots
+from ldm.evaluation.page import note, plots, table
 from ldm.evaluation.page_charts import Bar, bar_chart, heat_map
 from ldm.evaluation.page_text import Html
-from ldm.evaluation.report import Section, figures_table
+from ldm.evaluation.report import Section, figures_table, interval_text
 from ldm.evaluation.scenes import NOTHING, SceneScore, confusion_matrix, rates
 
 STATEMENTS = ("background", "objects", "colours", "sizes", "relation")
@@ -20,15 +21,31 @@ SCORER = "exact scene scorer"
 
 
 def scene_figures(scores: Sequence[SceneScore], resolution: int) -> list[Measurement]:
-    """The share of pictures in which each statement is right, with Wilson's interval; values as those of `rates`."""
+    """The share of pictures in which each statement is right, with Wilson's interval; values as those of `rates`.
+
+    Where the prompts name different numbers of objects, also the share for each number; and where they state relations,
+    the share of relations right among the pictures that show every object. `everything` comes last.
+    """
+    answers = {part: [(s, getattr(s, part)) for s in scores] for part in (*STATEMENTS, "everything")}
+    numbers = sorted({len(score.found) for score in scores})
+    for number in numbers if len(numbers) > 1 else ():
+        answers[f"objects_of_{number}"] = [(s, s.objects) for s in scores if len(s.found) == number]
+    answers["relation_of_found"] = [(s, s.relation) for s in scores if s.objects]
+    answers["everything"] = answers.pop("everything")
     figures = []
-    for part in (*STATEMENTS, "everything"):
-        answers = [answer for score in scores if (answer := getattr(score, part)) is not None]
-        if answers:
-            setting = Setting(n=len(answers), resolution=resolution, extractor=SCORER, resize_filter="none")
-            estimate = share_estimate(torch.tensor(answers))
-            figures.append(Measurement(part, f"{part} right", "higher", estimate, setting))
+    for name, pairs in answers.items():
+        told = [answer for _, answer in pairs if answer is not None]
+        if told:
+            setting = Setting(n=len(told), resolution=resolution, extractor=SCORER, resize_filter="none")
+            figures.append(Measurement(name, _label(name), "higher", share_estimate(torch.tensor(told)), setting))
     return figures
+
+
+def _label(name: str) -> str:
+    if name == "relation_of_found":
+        return "relation right where every object is there"
+    number = name.removeprefix("objects_of_")
+    return f"{name} right" if number == name else f"objects right, of {number} in the prompt"
 
 
 def scenes_section(scores: Sequence[SceneScore], resolution: int) -> Section:
@@ -54,6 +71,32 @@ def scenes_section(scores: Sequence[SceneScore], resolution: int) -> Section:
         values={"confusion": matrix},
         verdict=f"{100 * everything.value:.1f} % of {len(scores)} pictures show all that the prompt says "
         f"[{low:.1f}, {high:.1f}]",
+    )
+
+
+def combinations_section(held_out: Sequence[SceneScore], trained: Sequence[SceneScore], resolution: int) -> Section:
+    """How far combinations that training never showed are behind those that it did."""
+    sides = [{one.name: one for one in scene_figures(scores, resolution)} for scores in (held_out, trained)]
+    pairs = [(sides[0][name], sides[1][name]) for name in sides[0] if name in sides[1]]
+    rows = [
+        (one.label, interval_text(one), interval_text(other), f"{100 * (one.value - other.value):+.1f}")
+        for one, other in pairs
+    ]
+    heads = ("statement", "held-out combinations", "trained ones", "points between")
+    behind = {one.name: 100 * (other.value - one.value) for one, other in pairs}
+    return Section(
+        name="combinations",
+        title="Combinations never seen in training, and those seen",
+        content=Html(
+            note("Other scenes than training's on both sides; on the right every combination in them occurs there.")
+            + table(heads, rows, numbers=(3,))
+        ),
+        figures=tuple(
+            replace(other, name=f"trained_{other.name}", label=f"{other.label}, trained") for _, other in pairs
+        ),
+        values={"points_behind": behind},
+        verdict=f"held-out combinations are {behind['everything']:.1f} points behind trained ones (all right), "
+        f"{behind['objects']:.1f} in the objects",
     )
 
 

@@ -13,7 +13,9 @@ _PLACEMENTS = 8  # tried for each changed map; the one that moves the objects mo
 
 
 def recoloured(scene: Scene, config: ScenesConfig, draw: Callable[[], float]) -> Scene:
-    """One object in another colour; a held-out scene where there is one."""
+    """One object in another colour, or, as emoji have their own, another background; held out if possible."""
+    if config.kind == "emoji":
+        return on_another_background(scene, config, draw)
     which = int(draw() * len(scene.objects))
     old = scene.objects[which].colour
     colours = [colour for colour in config.colour_names if colour not in (old, scene.background)]
@@ -24,13 +26,13 @@ def with_another_object(
     scene: Scene, config: ScenesConfig, draw: Callable[[], float], *, unlike: Scene | None = None
 ) -> Scene:
     """The first object replaced by another of another colour, also another than in `unlike`; held out if possible."""
-    names = {thing.name for thing in (*scene.objects, *(unlike.objects if unlike else ()))}
-    choices = [
-        _exchange(scene, 0, name=name, colour=colour)
-        for name in config.object_names
-        for colour in config.colour_names
-        if name not in names and colour not in (scene.objects[0].colour, scene.background)
-    ]
+    taken = {thing.name for thing in (*scene.objects, *(unlike.objects if unlike else ()))}
+    names = [name for name in config.object_names if name not in taken]
+    if config.kind == "emoji":
+        choices = [_exchange(scene, 0, name=name) for name in names]
+    else:
+        colours = [c for c in config.colour_names if c not in (scene.objects[0].colour, scene.background)]
+        choices = [_exchange(scene, 0, name=name, colour=colour) for name in names for colour in colours]
     return _choose(choices, config, draw)
 
 

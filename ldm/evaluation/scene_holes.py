@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm.data.scene_rendering import PALETTE, Scene
 from ldm.data.scenes import ScenesConfig
-from ldm.evaluation.scenes import find_background, find_shapes, pixels_of
+from ldm.evaluation.scenes import find_background, find_objects, pixels_of
 from ldm.evaluation.seam import seam_gradient
 
 _CLOSE = 30.0  # RGB distance: half the least one between two colours of the palette
@@ -82,7 +82,7 @@ def continues_background(picture: Image.Image, hole: Box, scene: Scene) -> bool:
 def names_in_hole(picture: Image.Image, hole: Box, scene: Scene, config: ScenesConfig) -> list[str]:
     """The objects in the hole, `NOTHING` for what is like none; [] for plain background."""
     pixels = pixels_of(hole_alone(picture, hole, scene))
-    return [found.name for found in find_shapes(pixels, *find_background(pixels, config), config)]
+    return [found.name for found in find_objects(pixels, *find_background(pixels, config), config)]
 
 
 def mean_seams(pictures: Sequence[Image.Image], masks: Sequence[Image.Image], prefix: str = "") -> dict[str, float]:

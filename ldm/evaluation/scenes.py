@@ -211,7 +211,13 @@ def _best_shape(coverage: Array, colour: str, config: ScenesConfig) -> Found:
 
 
 def _find_emoji(pixels: Array, background: str, colour: Array, config: ScenesConfig) -> list[Found]:
-    """The best template, then the best for what it leaves unexplained, and so on."""
+    """The emoji that are there, `NOTHING` for what is like none of them."""
+    found = explain_by_emoji(pixels, background, colour, config)
+    return [one if one.match >= _LEAST_CORRELATION else replace(one, name=NOTHING) for one in found]
+
+
+def explain_by_emoji(pixels: Array, background: str, colour: Array, config: ScenesConfig) -> list[Found]:
+    """The best template, however bad, then the best for what it leaves unexplained, until what is left is faint."""
     residual = pixels - colour  # [H, W, 3]
     found: list[Found] = []
     for _ in range(config.max_objects):
@@ -243,9 +249,7 @@ def _best_emoji(residual: Array, background: Array, config: ScenesConfig) -> Fou
             window = residual[top[i] : top[i] + side, left[i] : left[i] + side]
             match = math.sqrt(most / float((window**2).sum()))
             best = _found(config.object_names[i], None, int(left[i]), int(top[i]), side, resolution, match)
-    if best is None or strength < _LEAST_AMPLITUDE:
-        return None
-    return best if best.match >= _LEAST_CORRELATION else replace(best, name=NOTHING)
+    return best if strength >= _LEAST_AMPLITUDE else None
 
 
 def _found(name: str, colour: str | None, left: int, top: int, side: int, resolution: int, match: float) -> Found:

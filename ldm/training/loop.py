@@ -81,6 +81,7 @@ FREE_TO_CHANGE = (
     "optimiser.clip",
     "optimiser.lr",
     "data.max_bad_share",
+    "loss.equivariance",
     "out",
     "runtime",
     "training.accumulation",

@@ -123,6 +123,23 @@ def test_a_report_without_any_weights_has_a_line_for_each_and_everything_else(
     assert (out / "grid.png").is_file()
 
 
+def test_trained_combinations_are_drawn_beside_held_out_ones(
+    evaluate: Callable[..., str], small_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    scenes = tmp_path / "scenes.yaml"
+    scenes.write_text("data: {source: scenes, resolution: 16, scenes: {count: 40, objects: [circle, square, star]}}\n")
+    words = (small_folder, "--data", scenes, "--extractor", "autoencoder", "--count", 4, "--keep-images")
+    said = evaluate(*words, "--trained", 3)
+    assert "points behind trained ones" in said
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    counted = {f["name"]: f["n"] for f in metrics["figures"] if f["name"] in ("objects", "trained_objects")}
+    assert counted == {"objects": 4, "trained_objects": 3}
+    assert set(metrics["combinations"]["points_behind"]) >= {"background", "objects", "colours", "everything"}
+    assert len(list((tmp_path / "out" / "images" / "guidance-1").glob("*.png"))) == 7
+    assert "--trained: found data.source folder" in evaluate(small_folder, "--data", photos, "--trained", code=2)
+    assert "--trained: found -1" in evaluate(*words, "--trained", -1, code=2)
+
+
 def check_library_figures(metrics: dict, model: Path, photos: Path, images: Path) -> None:
     """The figures in metrics.json are those of the library on the kept pictures."""
     pipeline = open_pipeline(model, dtype="fp32", device="cpu")

@@ -17,7 +17,7 @@ from ldm.cli.saving import next_number
 from ldm.errors import UserError
 from ldm.guidance import GuidanceOptions
 from ldm.noise import NoiseConfig
-from ldm.picture import read_parameters
+from ldm.picture import colour_map, read_parameters
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.projected_guidance import ApgOptions
 from ldm.sampling import SCHEDULERS
@@ -187,6 +187,9 @@ def test_a_map_a_label_and_their_guidance_without_a_prompt(
         'CFG scale: 1, Seed: 1, Size: 32x32, Model: model, Guidance: "label=3, semantic=2", '
         "Guidance interval: 0.2-1, CFG Rescale phi: 0.7, APG: eta 0 momentum -0.5, Semantic map: map.png, Label: dog"
     )
+    cells = np.asarray(Image.open(tmp_path / "out" / "grid.png").convert("RGB"))
+    shown = cells[8 : 8 + 160 : 5, 8 : 8 + 160 : 5][:32, :32]  # the map stands before the picture, enlarged five times
+    assert np.array_equal(shown, np.asarray(colour_map(values)))
     told = capsys.readouterr().err
     assert told.count("guidance scales: semantic 2, label 3\n") == 1
     assert "evaluations of the network per step: 3 for noise levels of 0.2 to 1, 1 elsewhere" in told

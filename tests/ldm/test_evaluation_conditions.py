@@ -423,7 +423,7 @@ def test_a_hole_holds_all_of_its_object_and_nothing_of_another(number: int, reso
         (ONE, [], "found none; allowed are inpainting, semantic, label, text"),
         (ONE, ["sematic"], "found 'sematic'.*did you mean 'semantic'"),
         (TWO, ["label"], "label with max_objects 2"),
-        (ScenesConfig(kind="emoji"), ["text"], "kind: found emoji; allowed is shapes"),
+        (ScenesConfig(kind="emoji", backgrounds=("white",)), ["text"], "backgrounds: found no other"),
         (dataclasses.replace(ONE, held_out=0.0), ["text"], "held-out scenes: split: found held_out"),
         (dataclasses.replace(ONE, colours=("red",)), ["text"], "colours: found fewer than 2"),
         (dataclasses.replace(ONE, backgrounds=("white",)), ["inpainting"], "backgrounds: found no other"),

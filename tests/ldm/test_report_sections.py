@@ -25,6 +25,8 @@ from ldm.evaluation.report_copying import (
 )
 from ldm.evaluation.report_data import ReportData, numbered_images, open_data, picture_at, told_samples, told_scenes
 from ldm.evaluation.report_reconstruction import reconstruction_section
+from ldm.evaluation.report_scenes import combinations_section, scene_figures
+from ldm.evaluation.scenes import SceneScore
 from ldm.noise import NoiseConfig
 from ldm.picture import to_pil
 from ldm.pipeline import LatentDiffusionPipeline
@@ -122,6 +124,30 @@ def test_each_prompt_has_its_seed_and_scene() -> None:
     told = told_scenes(SCENES, 5, seed=3)
     assert [one.seed for one in told] == [3, 4, 5, 6, 7]
     assert all(one.scene is not None and one.scene.background in one.prompt for one in told)
+
+
+def scored(objects: tuple[bool, ...], relation: bool | None = None) -> SceneScore:
+    """A picture whose prompt names as many objects, of which those that are true are there."""
+    found = tuple((f"thing {i}", f"thing {i}" if there else "nothing") for i, there in enumerate(objects))
+    return SceneScore(True, all(objects), None, None, relation, found)
+
+
+def test_objects_are_also_told_by_their_number_and_relations_where_they_can_be_seen() -> None:
+    scores = [scored((True,)), scored((True, True), True), scored((True, True), False), scored((True, False), False)]
+    figures = {one.name: (one.value, one.setting.n) for one in scene_figures(scores, 32)}
+    assert figures["objects"] == (0.75, 4) and figures["objects_of_1"] == (1.0, 1)
+    assert figures["objects_of_2"] == (pytest.approx(2 / 3), 3)
+    assert figures["relation"] == (pytest.approx(1 / 3), 3) and figures["relation_of_found"] == (0.5, 2)
+    assert list(figures)[-1] == "everything" and figures["everything"] == (0.5, 4)
+    assert not any(one.name.startswith("objects_of") for one in scene_figures(scores[1:], 32))  # all name two
+
+
+def test_held_out_combinations_are_compared_with_trained_ones() -> None:
+    held_out, trained = [scored((True,)), scored((False,))], [scored((True,))] * 4
+    made = combinations_section(held_out, trained, 32)
+    assert made.values["points_behind"]["objects"] == 50 and "50.0 points behind" in made.verdict
+    assert {one.name: one.value for one in made.figures}["trained_objects"] == 1.0
+    assert "-50.0" in made.content
 
 
 def test_captions_are_told_in_turn_and_not_sorted(tiny_pipeline: LatentDiffusionPipeline) -> None:

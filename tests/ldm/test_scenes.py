@@ -41,6 +41,7 @@ from ldm.data.scenes import (
     held_out_singles,
     is_held_out,
     scene_at,
+    trained_prompts,
 )
 from ldm.data.scenes_folder import write_scenes
 from ldm.errors import UserError
@@ -223,6 +224,15 @@ def test_held_out_prompts_differ_and_then_repeat_evenly() -> None:
     assert held_out_prompts(config, 5, seed=1) == prompts[:5] != held_out_prompts(config, 5, seed=2)
     with pytest.raises(UserError, match=r"held-out prompts: split: found held_out, but held_out is 0\.0"):
         held_out_prompts(dataclasses.replace(config, held_out=0.0), 4)
+
+
+def test_trained_prompts_are_of_what_training_shows_in_other_scenes() -> None:
+    config = ScenesConfig(**FEW, held_out=0.2, max_objects=2, count=100)
+    prompts = trained_prompts(config, 40, seed=1)
+    assert len({text for text, _ in prompts}) == 40
+    assert not any(is_held_out(config, scene) for _, scene in prompts)
+    assert not {scene for _, scene in prompts} & {scene_at(config, index) for index in range(100)}
+    assert trained_prompts(config, 5, seed=1) == prompts[:5] != trained_prompts(config, 5, seed=2)
 
 
 # --- Captions --------------------------------------------------------------------------------------------------------
