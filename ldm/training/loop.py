@@ -82,6 +82,7 @@ FREE_TO_CHANGE = (
     "optimiser.lr",
     "data.max_bad_share",
     "loss.equivariance",
+    "objective",
     "out",
     "runtime",
     "training.accumulation",
