@@ -208,8 +208,10 @@ def _evaluate_autoencoder(args: argparse.Namespace, folder: Path, data: ReportDa
     from ldm.evaluation.report_data import open_data
     from ldm.evaluation.report_training import run_sections
 
-    if args.conditions or args.sweep or args.likelihood:
-        raise UserError(f"{args.model}: found an autoencoder; --conditions, --sweep and --likelihood are for models")
+    if args.conditions or args.sweep or args.likelihood or args.trained:
+        raise UserError(
+            f"{args.model}: found an autoencoder; --conditions, --sweep, --likelihood and --trained are for models"
+        )
     device = choose_device(args.device)
     with user_input("autoencoder"):
         autoencoder = load_autoencoder(folder).to(device).eval()

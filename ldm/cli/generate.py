@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         from ldm.picture import colour_map
 
         images, given = [colour_map(inputs["semantic_map"]), *images], ["the map", *given]
-        columns = None
+        columns = None  # with the map in front, a row is no longer one prompt
     write_grid(images, given, columns, arguments.out)
     if len(pictures) > GRID_LIMIT:
         print(f"grid.png holds the first {GRID_LIMIT} of {len(pictures)} pictures", file=sys.stderr)

@@ -197,6 +197,7 @@ def test_an_autoencoder_is_measured_too(
         == metrics["reconstruction"]["latents"]["shape"][0]
     )
     assert "--sweep" in evaluate(small_folder / "vae", "--data", photos, "--sweep", "1,2", code=2)
+    assert "--trained are for models" in evaluate(small_folder / "vae", "--data", photos, "--trained", code=2)
 
 
 # --- Words of the command line ---------------------------------------------------------------------------------------

@@ -80,6 +80,15 @@ def test_there_are_configs_of_both_stages_and_no_others():
     assert [path for path in FILES if path not in VAES + LDMS + FINETUNING] == []
 
 
+def test_the_plain_recipe_differs_from_the_reference_only_in_what_it_is_there_to_compare():
+    mine, plain = (config_of(CONFIGS / f"{folder}.yaml") for folder in ("reference/vae", "baseline/vae-emoji"))
+    names = ("data", "validation_data", "autoencoder", "loss", "discriminator", "optimiser", "training", "ema_decay")
+    assert [name for name in names if getattr(mine, name) != getattr(plain, name)] == []
+    mine, plain = (config_of(CONFIGS / f"{folder}.yaml") for folder in ("reference/ldm", "baseline/ldm-emoji"))
+    names = ("data", "validation_data", "conditions", "unet", "optimiser", "training", "ema_decay")
+    assert [name for name in names if getattr(mine, name) != getattr(plain, name)] == []
+
+
 def test_what_goes_on_from_a_model_of_ours_has_its_pictures_and_its_cache():
     further = [path for path in LDMS if config_of(path).model is not None]
     assert [name_of(path) for path in further] == ["reference/ldm-conditions"]

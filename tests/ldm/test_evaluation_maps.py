@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
+from scene_pictures import degraded
 
 from ldm.data.scene_rendering import PALETTE, render, render_image
 from ldm.data.scenes import ScenesConfig, scene_at
@@ -18,13 +19,6 @@ from ldm.evaluation.maps import map_picture, mean_iou, recover_map
 ONE = ScenesConfig()
 TWO = ScenesConfig(min_objects=2, max_objects=2)
 INDICES = arrays.arrays(np.uint8, (4, 5), elements=st.sampled_from([0, 1, 2, 3, 255]))
-
-
-def degraded(image: Image.Image, seed: int, blur: float = 0.6, noise: float = 4.0) -> Image.Image:
-    """Slightly blurred (pixels) and noisy (of 255), as generated pictures are."""
-    blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), dtype=float)
-    noisy = blurred + np.random.default_rng(seed).normal(0, noise, blurred.shape)
-    return Image.fromarray(noisy.clip(0, 255).round().astype(np.uint8))
 
 
 def true_map(config: ScenesConfig, index: int, resolution: int) -> tuple[Image.Image, np.ndarray]:

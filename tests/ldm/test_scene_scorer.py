@@ -8,23 +8,22 @@ import random
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from scene_pictures import needs_font
 
-from ldm.data.scene_rendering import EMOJI, EMOJI_FONT, PALETTE, Scene, SceneObject, render_image
+from ldm.data.scene_rendering import EMOJI, PALETTE, Scene, SceneObject, render_image
 from ldm.data.scenes import ScenesConfig, scene_at
 from ldm.evaluation.scenes import (
     NOTHING,
     SceneScore,
     confusion_matrix,
     find_background,
+    find_shapes,
     rates,
     score_each,
     score_image,
     score_images,
 )
 
-needs_font = pytest.mark.skipif(
-    not EMOJI_FONT.is_file(), reason="needs the emoji font: apt-get install fonts-noto-color-emoji"
-)
 DEMO = ScenesConfig(
     objects=("circle", "square", "triangle", "star"),
     colours=("red", "green", "blue", "yellow", "purple", "orange"),
@@ -235,10 +234,6 @@ def test_the_confusion_matrix() -> None:
 
 def test_objects_are_located_to_the_pixel() -> None:
     scene = Scene("shapes", "white", (SceneObject("star", "red", "large", (0.25, 0.125, 0.375)),), None, True)
-    from ldm.evaluation.scenes import (
-        find_shapes,
-    )  # the finder is private; where it finds things feeds sizes and relations
-
     pixels = np.asarray(render_image(scene, 64), dtype=np.float32)
     (found,) = find_shapes(pixels, *find_background(pixels, TWO), TWO)
     assert (found.name, found.colour) == ("star", "red")

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scene_pictures import needs_font
 
 from ldm.data import scene_rendering
 from ldm.data.scene_rendering import (
     BACKGROUNDS,
     EMOJI,
-    EMOJI_FONT,
     PALETTE,
     PHRASINGS,
     RELATIONS,
@@ -46,9 +46,6 @@ from ldm.data.scenes import (
 from ldm.data.scenes_folder import write_scenes
 from ldm.errors import UserError
 
-needs_font = pytest.mark.skipif(
-    not EMOJI_FONT.is_file(), reason="needs the emoji font: apt-get install fonts-noto-color-emoji"
-)
 FEW = {
     "objects": ("circle", "square", "triangle", "star"),
     "colours": ("red", "green", "blue", "yellow"),
