@@ -45,16 +45,16 @@ SIDE = 48
 @pytest.mark.parametrize("resolution", [48, 64, 96])
 def test_true_scenes_give_their_maps_back(resolution: int) -> None:
     """Also where part of an emoji cannot be seen, such as a penguin's belly on white."""
-    clean, degraded, other = [], [], []
+    clean, spoilt, other = [], [], []
     for index in range(20):
         image, semantic = render(scene_at(SOME, index), resolution, SOME.object_names)
         expected, found = np.asarray(semantic), recover_map(image, SOME)
         clean.append(mean_iou(expected, found, 9))
-        degraded.append(mean_iou(expected, recover_map(degraded(image, index), SOME), 9))
+        spoilt.append(mean_iou(expected, recover_map(degraded(image, index), SOME), 9))
         another = render(scene_at(SOME, index + 1), resolution, SOME.object_names)[1]
         other.append(mean_iou(np.asarray(another), found, 9))
     assert min(clean) > 0.999 if resolution <= 64 else np.mean(clean) > 0.97  # above 64 the scorer sees half the pixels
-    assert np.mean(degraded) > 0.95 and np.mean(other) < 0.45
+    assert np.mean(spoilt) > 0.95 and np.mean(other) < 0.45
 
 
 def one_emoji(name: str, ground: str, box: tuple[float, float, float]) -> Scene:
