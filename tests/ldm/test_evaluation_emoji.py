@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from scene_pictures import needs_font
+from scene_pictures import degraded, needs_font
 
 from ldm.data.scene_rendering import (
     PALETTE,
