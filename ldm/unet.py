@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -109,7 +110,21 @@ def build_unet(
             out_channels=latent_channels,
             **_architecture(config, context_width, class_embedding_width),
         )
+    _start_cross_attention(unet)
     return prepare_unet(unet, config)
+
+
+def _start_cross_attention(unet: UNet2DConditionModel) -> None:
+    """Give the text's way in weights of variance 1 / fan-in (Xavier) instead of torch's third of it.
+
+    At torch's, queries and keys make nearly equal attention to all tokens, padding included, of values that come
+    through two layers at a ninth of their variance: too little for training to find soon that words matter.
+    """
+    for name, module in unet.named_modules():
+        if name.endswith("attn2"):
+            for layer in (module.to_q, module.to_k, module.to_v, module.to_out[0]):
+                with torch.no_grad():
+                    layer.weight.mul_(math.sqrt(3))
 
 
 def prepare_unet(unet: UNet2DConditionModel, config: UNetConfig) -> UNet2DConditionModel:

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from ldm.randomness import derive_seed
 VERSION = 1  # part of the fingerprint: raise it when the same config would draw other pictures or captions
 SIZES = ("small", "large")
 Split = Literal["train", "held_out"]
+Box = tuple[float, float, float]  # left, top, side: fractions of the picture's side
 _T = TypeVar("_T")
 
 MARGIN = 0.04  # of the side: between an object and the border
@@ -70,6 +72,7 @@ class ScenesConfig:
     relations: bool = True  # captions of two objects say where the first lies
     held_out: float = 0.1  # share of the combinations that never occur in the split "train"
     split: Split = "train"
+    grid: int = 0  # corners and sides of objects are multiples of 1 / grid of the picture's side; 0: as they fall
 
     def __post_init__(self) -> None:
         """Check every field; raise `ValueError` naming it."""
@@ -93,6 +96,17 @@ class ScenesConfig:
             )
         self._check_numbers_of_objects()
         self._check_combinations()
+        self._check_grid()
+
+    def _check_grid(self) -> None:
+        if self.grid < 0:
+            raise ValueError(f"grid: found {self.grid}; allowed is 0 (none) or more; 8 and 16 are usual")
+        for size, (low, high) in self.size_ranges().items() if self.grid else ():
+            if not _multiples(low, high, self.grid):
+                raise ValueError(
+                    f"grid: found {self.grid}, of which no multiple is as large as a {size} object ({low} to {high} of "
+                    "the picture's side); choose a multiple of 8"
+                )
 
     def _check_numbers_of_objects(self) -> None:
         if not 1 <= self.min_objects <= 3:
@@ -255,9 +269,27 @@ def _pick(choices: tuple[_T, ...], draw: Callable[[], float]) -> _T:
 
 
 def place_objects(config: ScenesConfig, scene: Scene, draw: Callable[[], float]) -> Scene:
-    """Give every object its square: inside the margin, apart from the others, in the relation that is stated."""
+    """Give every object its square: inside the margin, apart from the others, in the relation that is stated.
+
+    On a grid, squares may touch each other.
+    """
+    for _ in range(_ATTEMPTS):
+        boxes = _boxes(config, scene, draw)
+        if not config.grid:
+            break
+        boxes = [_on_grid(box, config.grid) for box in boxes]
+        if _fits(boxes):
+            break
+    else:
+        raise UserError(f"grid: found {config.grid}, which leaves no place for {caption(scene)!r}; choose a finer one")
+    objects = tuple(dataclasses.replace(thing, box=box) for thing, box in zip(scene.objects, boxes, strict=True))
+    return dataclasses.replace(scene, objects=objects)
+
+
+def _boxes(config: ScenesConfig, scene: Scene, draw: Callable[[], float]) -> list[Box]:
+    """Left, top and side of every object, as fractions of the picture's side."""
     ranges = config.size_ranges()
-    sides = [_between(*ranges[thing.size], draw) for thing in scene.objects]
+    sides = [_side(*ranges[thing.size], config.grid, draw) for thing in scene.objects]
     if len(sides) == 1:
         span = MARGIN, 1 - MARGIN - sides[0]
         corners = [(_between(*span, draw), _between(*span, draw))]
@@ -265,11 +297,29 @@ def place_objects(config: ScenesConfig, scene: Scene, draw: Callable[[], float])
         corners = _two_corners(sides, scene.relation or _pick(tuple(RELATIONS), draw), draw)
     else:
         corners = _cell_corners(sides, draw)
-    objects = tuple(
-        dataclasses.replace(thing, box=(left, top, side))
-        for thing, (left, top), side in zip(scene.objects, corners, sides, strict=True)
-    )
-    return dataclasses.replace(scene, objects=objects)
+    return [(left, top, side) for (left, top), side in zip(corners, sides, strict=True)]
+
+
+def _side(low: float, high: float, grid: int, draw: Callable[[], float]) -> float:
+    return _pick(_multiples(low, high, grid), draw) if grid else _between(low, high, draw)
+
+
+def _multiples(low: float, high: float, grid: int) -> tuple[float, ...]:
+    return tuple(step / grid for step in range(math.ceil(low * grid), math.floor(high * grid) + 1))
+
+
+def _on_grid(box: Box, grid: int) -> Box:
+    left, top, side = (round(value * grid) / grid for value in box)
+    return left, top, side
+
+
+def _fits(boxes: list[Box]) -> bool:
+    """Whether squares moved to a grid are still inside the margin, do not overlap, and two stand clearly related."""
+    inside = all(MARGIN <= start <= 1 - MARGIN - side for left, top, side in boxes for start in (left, top))
+    pairs = list(itertools.combinations(boxes, 2))
+    apart = all(max(u - x - w, x - u - z, v - y - w, y - v - z) >= 0 for (x, y, w), (u, v, z) in pairs)
+    distances = [sorted(abs(a + w / 2 - b - z / 2) for a, b in ((x, u), (y, v))) for (x, y, w), (u, v, z) in pairs]
+    return inside and apart and (len(boxes) != 2 or all(near <= SLANT * far for near, far in distances))
 
 
 def _two_corners(sides: list[float], relation: str, draw: Callable[[], float]) -> list[tuple[float, float]]:
@@ -364,7 +414,10 @@ def describe(scene: Scene) -> dict[str, object]:
 
 def _fingerprint(config: ScenesConfig, resolution: int) -> str:
     font = EMOJI_FONT.stat().st_size if config.kind == "emoji" else 0  # another font draws other pictures
-    text = json.dumps([VERSION, resolution, font, dataclasses.asdict(config)], sort_keys=True)
+    content = dataclasses.asdict(config)
+    if not config.grid:
+        del content["grid"]  # so that what was cached before there was a grid is found again
+    text = json.dumps([VERSION, resolution, font, content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

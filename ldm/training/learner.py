@@ -24,11 +24,14 @@ class OptimiserConfig:
 
     `adamw8bit` keeps both moments in 8 bits (arXiv 2110.02861), a quarter of the memory; it is bitsandbytes' and needs
     the extra `adam8bit`. `lr` is used as it is written: nothing multiplies it by processes or batch size.
+    `text_lr_ratio` is the share of it that a text encoder gets which is trained with the U-Net: the U-Net learns what a
+    word means the sooner the less the words' contexts move meanwhile.
     `warmup_steps` rise linearly from 0; then `schedule` leads from `lr` to `lr * final_lr_ratio` at the last step.
     """
 
     kind: Literal["adamw", "adamw8bit"] = "adamw"
     lr: float = 1e-4
+    text_lr_ratio: float = 1.0
     betas: tuple[float, ...] = (0.9, 0.999)
     weight_decay: float = 0.01
     eps: float = 1e-8
@@ -42,13 +45,13 @@ class OptimiserConfig:
             raise ValueError(f"lr: found {self.lr}; allowed is a number above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: found {list(self.betas)}; allowed are two numbers in [0, 1), e.g. [0.9, 0.999]")
-        for name in ("weight_decay", "warmup_steps", "final_lr_ratio", "clip"):
+        for name in ("text_lr_ratio", "weight_decay", "warmup_steps", "final_lr_ratio", "clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: found {getattr(self, name)}; allowed is 0 or more")
 
 
 def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
-    """The rate of update number `step` (from 0) out of `steps`: a pure function, so a resume needs no state."""
+    """The rate of update number `step` (from 0) out of `steps`, of all but a text encoder: a pure function, so a resume needs no state."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -105,10 +108,20 @@ class Learner:
         self._accelerator = accelerator
         self._names, self._parameters = _trained(module)
         optimiser = build_optimiser(config, self._parameters, accelerator.device)
+        self._split_off_text(optimiser)
         self.module = module
         self.wrapped, self.optimiser = accelerator.prepare(module, optimiser)
         self._names, self._parameters = _trained(module)
         self.ema = EMAModel(self._parameters, decay=ema_decay) if ema_decay > 0 else None
+
+    def _split_off_text(self, optimiser: torch.optim.Optimizer) -> None:
+        """Move the weights of a text encoder, which `_trained` puts last, into a group with a rate of their own."""
+        first = next((i for i, name in enumerate(self._names) if _is_text(name)), len(self._names))
+        group = optimiser.param_groups[0]
+        group["lr_ratio"] = 1.0
+        if 0 < first < len(self._names) and self.config.text_lr_ratio != 1.0:
+            text, group["params"] = group["params"][first:], group["params"][:first]
+            optimiser.add_param_group({"params": text, "lr_ratio": self.config.text_lr_ratio})
 
     def clip_gradients(self) -> Tensor:
         """Clip to `config.clip` and return the norm before clipping, a scalar on the device (no host sync)."""
@@ -123,7 +136,7 @@ class Learner:
     def update(self, step: int) -> None:
         """One optimiser step and, if there is one, one step of the moving average; clears the gradients."""
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.config, step, self.steps)
+            group["lr"] = learning_rate(self.config, step, self.steps) * group["lr_ratio"]
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -220,6 +233,11 @@ def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
+def _is_text(name: str) -> bool:
+    return name.startswith("encoders.text.")
+
+
 def _trained(module: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    named.sort(key=lambda item: _is_text(item[0]))  # stable: a text encoder's weights come last
     return [name for name, _ in named], [parameter for _, parameter in named]

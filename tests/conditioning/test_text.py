@@ -87,6 +87,19 @@ def test_different_captions_give_different_contexts_and_later_words_do_not_reach
     assert not torch.allclose(first[3:], second[3:], atol=1e-3)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_words_are_far_apart_before_training(layers: int) -> None:
+    """Another word changes the context at that word by more than its own length, at CLIP's scale by a third of it;
+    a word in another place differs too."""
+    torch.manual_seed(0)
+    tower = build_text_encoder(TextConfig(width=64, layers=layers, length=16)).eval()
+    with torch.no_grad():
+        key, rose, twice = tower(tower.tokenize(["a dog above a key", "a dog above a rose", "key key"]))
+    differs = [float((one - other).norm() / one.norm()) for one, other in ((key[5], rose[5]), (twice[1], twice[2]))]
+    assert differs[0] > 0.9
+    assert differs[1] > 0.2
+
+
 def test_a_trained_tower_learns_and_a_pretrained_one_is_frozen_unless_asked(clip_folder: Path) -> None:
     encoder = build()
     encoder(encoder.tokenize(["a red circle"])).square().sum().backward()

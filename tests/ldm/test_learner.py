@@ -112,6 +112,41 @@ def test_the_optimiser_gets_the_rate(learner):
     assert one.optimiser.param_groups[0]["lr"] == learning_rate(one.config, 2, 20)
 
 
+class WithText(nn.Module):
+    """A text encoder that is registered before the network it conditions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict({"text": nn.Conv2d(3, 3, 3)})
+        self.unet = Net(4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.unet(self.encoders["text"](images))
+
+
+def test_a_text_encoder_gets_its_share_of_the_rate_and_the_first_steps_are_that_much_shorter(learner):
+    one = learner(0, WithText, text_lr_ratio=0.25)
+    before = {name: parameter.detach().clone() for name, parameter in one.module.named_parameters()}
+    train(one, range(1))
+    assert [group["lr"] for group in one.optimiser.param_groups] == [0.005, 0.00125]  # the warm-up's first of two steps
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in one.module.named_parameters()}
+    # Adam's first step is the rate, whatever the gradient; weight decay adds a hundredth of it times the weight.
+    assert moved["encoders.text.weight"] == pytest.approx(0.00125, rel=0.02)
+    assert moved["unet.first.weight"] == pytest.approx(0.005, rel=0.02)
+
+
+def test_a_learner_with_a_slower_text_encoder_goes_on_with_the_same_bits(learner, tmp_path):
+    straight, saved, other = (learner(seed, WithText, text_lr_ratio=0.25) for seed in (0, 0, 1))
+    train(straight, range(9))
+    train(saved, range(5))
+    train(other, range(2))
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(5, saved.tensors(), {})
+    other.load_tensors(folder.latest().tensors)
+    train(other, range(5, 9))
+    assert_equal(other, straight)
+
+
 # --- Saving and loading ----------------------------------------------------------------------------------------------
 
 

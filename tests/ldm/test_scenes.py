@@ -32,6 +32,7 @@ from ldm.data.scene_rendering import (
     shape_mask,
 )
 from ldm.data.scenes import (
+    MARGIN,
     SLANT,
     ScenesConfig,
     ScenesSource,
@@ -320,6 +321,37 @@ def test_objects_lie_inside_apart_and_as_stated(config: ScenesConfig, resolution
                 "below": (y - v, x - u),
             }[scene.relation]
             assert along > 0 and abs(across) <= SLANT * along + 1e-9
+
+
+@pytest.mark.parametrize("grid", [8, 16, 24])
+def test_on_a_grid_objects_lie_inside_beside_each_other_and_as_stated(grid: int) -> None:
+    config = ScenesConfig(max_objects=3, grid=grid)
+    seen: set[tuple[float, ...]] = set()
+    for index in range(1500):
+        scene = scene_at(config, index)
+        boxes = [thing.box for thing in scene.objects]
+        for left, top, side in boxes:
+            assert all(float(value * grid).is_integer() for value in (left, top, side))
+            assert min(left, top) >= MARGIN and max(left, top) + side <= 1 - MARGIN
+        for (x, y, w), (u, v, z) in itertools.combinations(boxes, 2):
+            assert max(u - (x + w), x - (u + z), v - (y + w), y - (v + z)) >= 0
+        if scene.relation:
+            first, second = (thing.box for thing in scene.objects)
+            x, y = (first[k] + first[2] / 2 - second[k] - second[2] / 2 for k in (0, 1))
+            sign = {"to the left of": -x, "to the right of": x, "above": -y, "below": y}[scene.relation]
+            assert sign > 0 and min(abs(x), abs(y)) <= SLANT * sign + 1e-9 and sign == max(abs(x), abs(y))
+        seen.update(boxes)
+    inner = sum((grid * (1 - side) - 1) ** 2 for side in {box[2] for box in seen})
+    assert grid > 8 or len(seen) == inner  # every place that is allowed occurs
+
+
+def test_a_grid_is_checked_and_leaves_other_scenes_and_their_caches_as_they_were() -> None:
+    with pytest.raises(ValueError, match=r"grid: found 5, of which no multiple is as large as a small object"):
+        ScenesConfig(max_objects=2, grid=5)
+    with pytest.raises(ValueError, match="grid: found -1; allowed is 0"):
+        ScenesConfig(grid=-1)
+    assert ScenesSource(ScenesConfig(), 32).fingerprint == "98867bfbcd6a8f8b"
+    assert ScenesSource(ScenesConfig(grid=8), 32).fingerprint != ScenesSource(ScenesConfig(grid=16), 32).fingerprint
 
 
 def test_sizes_differ_as_their_words_say() -> None:

@@ -111,6 +111,16 @@ def test_denoise_is_diffusers_own_call() -> None:
     assert torch.equal(denoise(unet, latents, timesteps, conditions), expected)
 
 
+def test_the_way_of_the_text_begins_with_weights_of_variance_one_over_fan_in() -> None:
+    wide = dataclasses.replace(TINY, channels=(64, 128))
+    unet = tiny(wide, context_width=96)
+    found = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    assert len(found) == 4  # one down, two up, one in the middle
+    for module in found:
+        for layer in (module.to_q, module.to_k, module.to_v, module.to_out[0]):
+            assert layer.weight.var().item() * layer.in_features == pytest.approx(1.0, rel=0.05)
+
+
 def test_spatial_conditions_follow_the_latents() -> None:
     latents, _, conditions = inputs(spatial=3)
     joined = spatial_input(latents, conditions)
@@ -161,8 +171,10 @@ def test_plain_diffusers_reads_what_is_saved(values: dict[str, Any], tmp_path: P
         context=values.get("context_width", 12),
         class_width=values.get("class_embedding_width"),
     )
-    with torch.no_grad():
-        assert torch.equal(denoise(loaded, *arguments), denoise(unet, *arguments))
+    saved, read = unet.state_dict(), loaded.state_dict()
+    assert [name for name in saved.keys() | read.keys() if not torch.equal(saved[name], read[name])] == []
+    with torch.no_grad():  # the same weights at other addresses: some processors' kernels differ in the last bit
+        torch.testing.assert_close(denoise(loaded, *arguments), denoise(unet, *arguments), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("inside_a_pipeline", [True, False])
