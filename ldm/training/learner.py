@@ -51,7 +51,7 @@ class OptimiserConfig:
 
 
 def learning_rate(config: OptimiserConfig, step: int, steps: int) -> float:
-    """The rate of update number `step` (from 0) out of `steps`, of all but a text encoder: a pure function, so a resume needs no state."""
+    """The rate of update number `step` (from 0) out of `steps`: a pure function, so a resume needs no state."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
