@@ -115,7 +115,7 @@ def build_unet(
 
 
 def _start_cross_attention(unet: UNet2DConditionModel) -> None:
-    """Give the text's way in weights of variance 1 / fan-in (Xavier) instead of torch's third of it.
+    """Give the text's way in weights of variance 1 / fan-in (LeCun et al., Efficient BackProp, 1998), thrice torch's.
 
     At torch's, queries and keys make nearly equal attention to all tokens, padding included, of values that come
     through two layers at a ninth of their variance: too little for training to find soon that words matter.

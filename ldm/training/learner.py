@@ -115,13 +115,23 @@ class Learner:
         self.ema = EMAModel(self._parameters, decay=ema_decay) if ema_decay > 0 else None
 
     def _split_off_text(self, optimiser: torch.optim.Optimizer) -> None:
-        """Move the weights of a text encoder, which `_trained` puts last, into a group with a rate of their own."""
-        first = next((i for i, name in enumerate(self._names) if _is_text(name)), len(self._names))
-        group = optimiser.param_groups[0]
+        """Move the weights of a text encoder, which `_trained` puts last, into a group with a rate of their own.
+
+        Raises `UserError` when such a rate is asked for and no text encoder is trained.
+        """
+        ratio, group = self.config.text_lr_ratio, optimiser.param_groups[0]
         group["lr_ratio"] = 1.0
-        if 0 < first < len(self._names) and self.config.text_lr_ratio != 1.0:
-            text, group["params"] = group["params"][first:], group["params"][:first]
-            optimiser.add_param_group({"params": text, "lr_ratio": self.config.text_lr_ratio})
+        if ratio == 1.0:
+            return
+        number = sum(_is_text(name) for name in self._names)
+        if number == 0:
+            raise UserError(
+                f"optimiser.text_lr_ratio: found {ratio}, but the {self.name} is trained with no text encoder; leave "
+                "it out, or train one (conditions.text: encoder trained, or finetune)"
+            )
+        first = len(self._names) - number
+        text, group["params"] = group["params"][first:], group["params"][:first]
+        optimiser.add_param_group({"params": text, "lr_ratio": ratio})
 
     def clip_gradients(self) -> Tensor:
         """Clip to `config.clip` and return the norm before clipping, a scalar on the device (no host sync)."""

@@ -80,6 +80,7 @@ class TrainingConfig:
 FREE_TO_CHANGE = (
     "optimiser.clip",
     "optimiser.lr",
+    "optimiser.text_lr_ratio",
     "data.max_bad_share",
     "loss.equivariance",
     "objective",

@@ -46,10 +46,15 @@ def accelerator():
 
 @pytest.fixture
 def learner(accelerator):
-    def make(seed: int, net: type[Net] | None = None, *, decay: float = 0.9, **options: object) -> Learner:
+    def make(
+        seed: int, net: type[nn.Module] = Net, *, decay: float = 0.9, frozen: tuple[str, ...] = (), **options: object
+    ) -> Learner:
         torch.manual_seed(seed)
         config = OptimiserConfig(lr=0.01, schedule="cosine", warmup_steps=2, **options)
-        return Learner("net", (net or Net)(), config, accelerator, steps=20, ema_decay=decay)
+        module = net()
+        for part in frozen:
+            module.get_submodule(part).requires_grad_(False)
+        return Learner("net", module, config, accelerator, steps=20, ema_decay=decay)
 
     return make
 
@@ -135,16 +140,17 @@ def test_a_text_encoder_gets_its_share_of_the_rate_and_the_first_steps_are_that_
     assert moved["unet.first.weight"] == pytest.approx(0.005, rel=0.02)
 
 
-def test_a_learner_with_a_slower_text_encoder_goes_on_with_the_same_bits(learner, tmp_path):
-    straight, saved, other = (learner(seed, WithText, text_lr_ratio=0.25) for seed in (0, 0, 1))
-    train(straight, range(9))
-    train(saved, range(5))
-    train(other, range(2))
-    folder = CheckpointFolder(tmp_path, keep=1)
-    folder.save(5, saved.tensors(), {})
-    other.load_tensors(folder.latest().tensors)
-    train(other, range(5, 9))
-    assert_equal(other, straight)
+def test_where_the_text_encoder_alone_is_trained_it_gets_its_share_too(learner):
+    one = learner(0, WithText, frozen=("unet",), text_lr_ratio=0.25)
+    train(one, range(3))
+    assert one.optimiser.param_groups[-1]["lr"] == learning_rate(one.config, 2, 20) / 4
+    stepped = {name for name, parameter in one.module.named_parameters() if parameter in one.optimiser.state}
+    assert stepped == {"encoders.text.weight", "encoders.text.bias"}
+
+
+def test_a_rate_for_text_without_a_text_encoder_is_refused(learner):
+    with pytest.raises(UserError, match=r"text_lr_ratio: found 0\.25, but the net is trained with no text encoder"):
+        learner(0, text_lr_ratio=0.25)
 
 
 # --- Saving and loading ----------------------------------------------------------------------------------------------
@@ -157,9 +163,10 @@ def test_channels_last_weights_have_strides_that_differ(learner):
     assert not weight.is_contiguous()
 
 
-def test_a_loaded_learner_goes_on_with_the_same_bits(learner, tmp_path):
+@pytest.mark.parametrize(("net", "options"), [(Net, {}), (WithText, {"text_lr_ratio": 0.25})])
+def test_a_loaded_learner_goes_on_with_the_same_bits(learner, tmp_path, net, options):
     """Through a real checkpoint: safetensors holds contiguous tensors, fused AdamW pairs elements in memory order."""
-    straight, saved, other = learner(0), learner(0), learner(1)
+    straight, saved, other = (learner(seed, net, **options) for seed in (0, 0, 1))
     train(straight, range(9))
     train(saved, range(5))
     train(other, range(2))
