@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict
 
-import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from ldm.data.scenes import ScenesConfig
@@ -33,10 +33,11 @@ class SceneExtractor:
 
     def extract(self, images: Tensor) -> Features:
         """Square images [B, 3, H, W] in [-1, 1] -> features [B, D]."""
-        return Features(torch.stack([self._measure(pixels_of(picture)) for picture in to_pil(images)]))
+        return Features(torch.stack([self.measure(picture) for picture in to_pil(images)]))
 
-    def _measure(self, pixels: np.ndarray) -> Tensor:
-        config = self._config
+    def measure(self, picture: Image) -> Tensor:
+        """The same of one picture: [D]."""
+        config, pixels = self._config, pixels_of(picture)
         background, colour = find_background(pixels, config)
         found = find_objects(pixels, background, colour, config)
         names = [sum(one.name == name for one in found) for name in config.object_names]

@@ -1,0 +1,173 @@
+"""Score and feature distance of runs against the images they have seen, from the checkpoints that they kept.
+
+    python benchmarks/learning_curve.py ours=runs/reference/ldm plain=runs/baseline/ldm-emoji --out runs/curves
+
+Runs of train_ldm.py on built-in scenes that kept their checkpoints (`training.keep_checkpoints=100`). The averaged
+weights of each checkpoint draw the same held-out prompts with the same seeds, and the exact scorer measures them; the
+feature distance is to exact drawings of the same scenes. Writes OUT/curves.html and curves.json, which also has the
+factor: how many times fewer images the first run needs for what the last checkpoint of another run scores. What
+curves.json has of the same prompts is not drawn again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ldm.config import load
+from ldm.data.scene_rendering import render_image
+from ldm.data.scenes import held_out_prompts
+from ldm.data.sources import DataConfig, open_source
+from ldm.evaluation.frechet import frechet_distance
+from ldm.evaluation.page import page, plots
+from ldm.evaluation.plots import Series, line_plot
+from ldm.evaluation.scene_features import SceneExtractor
+from ldm.evaluation.scenes import rates, score_each
+from ldm.evaluation.statistics import Moments
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.sampling import make_scheduler
+from ldm.training.networks import build_networks
+from ldm.training.stage2_config import Stage2Config
+
+FIGURES = {
+    "objects": "every named object there",
+    "everything": "all that the prompt says",
+    "distance": "Frechet distance through scene attributes",
+}
+BATCH = 64
+Point = dict[str, float]
+
+
+def open_checkpoint(config: Stage2Config, checkpoint: Path) -> LatentDiffusionPipeline:
+    """What draws with a checkpoint's averaged weights, or with its weights where no average is kept."""
+    nets = build_networks(config, open_source(config.data))
+    averaged = checkpoint / "unet.ema.safetensors"
+    tensors = load_file(averaged if averaged.is_file() else checkpoint / "unet.safetensors")
+    for prefix, module in {"unet.": nets.unet, "encoders.": nets.encoders}.items():
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        lacking = set(dict(module.named_parameters())) - set(own)
+        if lacking or module.load_state_dict(own, strict=False).unexpected_keys:
+            raise SystemExit(f"{checkpoint}: is not of {config.out}: {sorted(lacking)[:3]}")
+    return LatentDiffusionPipeline(
+        nets.autoencoder,
+        nets.encoders.text,
+        nets.unet,
+        make_scheduler("ddim", nets.noise),
+        semantic_encoder=nets.encoders.semantic,
+        label_encoder=nets.encoders.label,
+    )
+
+
+class Judge:
+    """Has the same prompts drawn by any model, and measures the pictures."""
+
+    def __init__(self, data: DataConfig, count: int, steps: int, guidance: float) -> None:
+        self._vocabulary = data.scenes
+        self._extractor = SceneExtractor(data.scenes, data.resolution)
+        told = held_out_prompts(data.scenes, count)
+        self._prompts, self._scenes = [prompt for prompt, _ in told], [scene for _, scene in told]
+        self._drawing = {"num_inference_steps": steps, "guidance_scale": guidance}
+        self._wanted = self._moments([render_image(scene, data.resolution) for scene in self._scenes])
+
+    def measure(self, pipeline: LatentDiffusionPipeline) -> Point:
+        """Shares of right statements, all and by the number of objects, and the feature distance."""
+        pictures: list[Image.Image] = []
+        for start in range(0, len(self._prompts), BATCH):
+            part = self._prompts[start : start + BATCH]
+            pictures += pipeline(part, seed=list(range(start, start + len(part))), **self._drawing).images
+        scores = score_each(pictures, self._scenes, self._vocabulary)
+        values = {name: value for name, value in rates(scores).items() if name != "images"}
+        for number in sorted({len(score.found) for score in scores}):
+            right = [score.objects for score in scores if len(score.found) == number]
+            values[f"objects_of_{number}"] = sum(right) / len(right)
+        return {**values, "distance": frechet_distance(self._moments(pictures), self._wanted)}
+
+    def _moments(self, pictures: Sequence[Image.Image]) -> Moments:
+        return Moments.of(torch.stack([self._extractor.measure(picture) for picture in pictures]))
+
+
+def measured_run(run: Path, judge: Judge, known: Sequence[Point]) -> list[Point]:
+    """A point for each checkpoint, in the order of training."""
+    config = load(Stage2Config, run / "config.yaml")
+    batch, points = config.training.batch_size * config.training.accumulation, []
+    steps = sorted(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*"))
+    for step in steps:
+        point = next((old for old in known if old["images"] == step * batch), None)
+        if point is None:
+            pipeline = open_checkpoint(config, run / "checkpoints" / f"step-{step}")
+            point = {"images": step * batch, **judge.measure(pipeline)}
+        points.append(point)
+        print(run, ", ".join(f"{name} {value:.4g}" for name, value in point.items()), flush=True)
+    return points
+
+
+def images_to_reach(points: Sequence[Point], figure: str, wanted: float) -> float | None:
+    """Images at which a curve, straight between its points, is first as good as `wanted`; None if it never is."""
+    sign = -1.0 if figure == "distance" else 1.0
+    before: Point | None = None
+    for point in points:
+        gained = sign * (point[figure] - wanted)
+        if gained >= 0 and before is None:
+            return point["images"]
+        if gained >= 0 and before is not None:
+            missing = sign * (wanted - before[figure])
+            return before["images"] + missing / (missing + gained) * (point["images"] - before["images"])
+        before = point
+    return None
+
+
+def factors(curves: dict[str, list[Point]]) -> dict[str, dict[str, float | None]]:
+    """Of every run but the first: its images over the first run's for the same figures, None where that falls short."""
+    (_, first), *others = ((name, points) for name, points in curves.items() if points)
+    found: dict[str, dict[str, float | None]] = {}
+    for name, points in others:
+        needed = {figure: images_to_reach(first, figure, points[-1][figure]) for figure in FIGURES}
+        found[name] = {figure: points[-1]["images"] / images if images else None for figure, images in needed.items()}
+    return found
+
+
+def page_of(curves: dict[str, list[Point]]) -> str:
+    """One page with a plot for each figure."""
+    drawn = []
+    for figure, title in FIGURES.items():
+        series = [
+            Series(label=name, x=[p["images"] for p in points], y=[p[figure] for p in points], dots=True)
+            for name, points in curves.items()
+        ]
+        drawn.append(line_plot(series, title=title, x_label="images seen", y_label=figure))
+    words = "held-out prompts, averaged weights"
+    return page("Learning curves", words, [], [("curves", "Against the images seen", plots(*drawn))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
+    parser.add_argument("--count", type=int, default=256, metavar="N", help="pictures for each checkpoint")
+    parser.add_argument("--steps", type=int, default=20, metavar="N")
+    parser.add_argument("--guidance", type=float, default=3.0, metavar="SCALE")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    arguments = parser.parse_args()
+    runs = {name: Path(run) for name, run in (text.split("=", 1) for text in arguments.runs)}
+    settings = {"count": arguments.count, "steps": arguments.steps, "guidance": arguments.guidance}
+    path = arguments.out / "curves.json"
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = old["curves"] if old.get("settings") == settings else {}
+    judge = Judge(load(Stage2Config, next(iter(runs.values())) / "config.yaml").data, **settings)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    curves = {name: known.get(name, []) for name in runs}
+    for name, run in runs.items():
+        curves[name] = measured_run(run, judge, known.get(name, []))
+        found = {"settings": settings, "curves": curves, "factors": factors(curves)}
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        (arguments.out / "curves.html").write_text(page_of(curves), encoding="utf-8")
+    print(json.dumps(found["factors"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
