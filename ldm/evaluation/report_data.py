@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -30,6 +31,9 @@ from ldm.evaluation.reference import (
 from ldm.picture import to_pil
 from ldm.pipeline_model import LatentDiffusionModel
 from ldm.randomness import derive_seed, generator_for
+
+_TRAINED_POOL = 8
+"""Trained prompts looked through for each that is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +72,17 @@ def _square(config: DataConfig, side: int) -> DataConfig:
 
 
 def told_scenes(config: ScenesConfig, count: int, seed: int, *, trained: bool = False) -> list[Told]:
-    """Prompts of held-out combinations, or of trained ones; picture i is drawn from seed + i."""
-    prompts = (trained_prompts if trained else held_out_prompts)(config, count, seed)
+    """Prompts of held-out combinations, or of trained ones; picture i is drawn from seed + i.
+
+    Trained prompt i names as many objects as held-out prompt i: the more there are, the more likely is one of their
+    pairs held out, and the harder they are, so that the two could not be compared otherwise.
+    """
+    prompts = held_out_prompts(config, count, seed)
+    if trained:
+        pool = trained_prompts(config, _TRAINED_POOL * count, seed)
+        numbers = [len(scene.objects) for _, scene in prompts]
+        alike = {number: cycle([one for one in pool if len(one[1].objects) == number]) for number in set(numbers)}
+        prompts = [next(alike[number]) for number in numbers]
     return [Told(prompt=prompt, seed=seed + i, scene=scene) for i, (prompt, scene) in enumerate(prompts)]
 
 

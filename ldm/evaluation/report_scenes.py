@@ -88,7 +88,10 @@ def combinations_section(held_out: Sequence[SceneScore], trained: Sequence[Scene
         name="combinations",
         title="Combinations never seen in training, and those seen",
         content=Html(
-            note("Other scenes than training's on both sides; on the right every combination in them occurs there.")
+            note(
+                "Other scenes than training's on both sides, with as many objects; on the right every combination in "
+                "them occurs there."
+            )
             + table(heads, rows, numbers=(3,))
         ),
         figures=tuple(

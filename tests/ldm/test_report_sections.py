@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.scenes import ScenesConfig
+from ldm.data.scenes import ScenesConfig, is_held_out
 from ldm.data.sources import DataConfig
 from ldm.errors import UserError
 from ldm.evaluation.copying import LEAST_HELD_OUT
@@ -124,6 +124,16 @@ def test_each_prompt_has_its_seed_and_scene() -> None:
     told = told_scenes(SCENES, 5, seed=3)
     assert [one.seed for one in told] == [3, 4, 5, 6, 7]
     assert all(one.scene is not None and one.scene.background in one.prompt for one in told)
+
+
+def test_trained_prompts_name_as_many_objects_as_the_held_out_ones_that_they_are_compared_with() -> None:
+    scenes = replace(SCENES, max_objects=3)
+    held_out, trained = told_scenes(scenes, 60, seed=1), told_scenes(scenes, 60, seed=1, trained=True)
+    numbers = [len(one.scene.objects) for one in held_out if one.scene is not None]
+    assert [len(one.scene.objects) for one in trained if one.scene is not None] == numbers
+    assert set(numbers) == {1, 2, 3} and [one.seed for one in trained] == [one.seed for one in held_out]
+    assert len({one.prompt for one in trained}) == 60
+    assert all(one.scene is not None and not is_held_out(scenes, one.scene) for one in trained)
 
 
 def scored(objects: tuple[bool, ...], relation: bool | None = None) -> SceneScore:
