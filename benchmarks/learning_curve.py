@@ -6,15 +6,17 @@ Runs of train_ldm.py on built-in scenes that kept their checkpoints (`training.k
 weights of each checkpoint draw the same held-out prompts with the same seeds, and the exact scorer measures them; the
 feature distance is to exact drawings of the same scenes. Writes OUT/curves.html and curves.json, which also has the
 factor: how many times fewer images the first run needs for what the last checkpoint of another run scores. What
-curves.json has of the same prompts is not drawn again.
+curves.json has of the same checkpoint and prompts is not drawn again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -41,7 +43,8 @@ FIGURES = {
     "distance": "Frechet distance through scene attributes",
 }
 BATCH = 64
-Point = dict[str, float]
+Point = dict[str, Any]
+"""`images`, `checkpoint` (a hash of it), and what `Judge` measures."""
 
 
 def open_checkpoint(config: Stage2Config, checkpoint: Path) -> LatentDiffusionPipeline:
@@ -98,12 +101,14 @@ def measured_run(run: Path, judge: Judge, known: Sequence[Point]) -> list[Point]
     batch, points = config.training.batch_size * config.training.accumulation, []
     steps = sorted(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*"))
     for step in steps:
-        point = next((old for old in known if old["images"] == step * batch), None)
+        folder = run / "checkpoints" / f"step-{step}"
+        checkpoint = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:16]
+        point = next((old for old in known if old["checkpoint"] == checkpoint), None)
         if point is None:
-            pipeline = open_checkpoint(config, run / "checkpoints" / f"step-{step}")
-            point = {"images": step * batch, **judge.measure(pipeline)}
+            measured = judge.measure(open_checkpoint(config, folder))
+            point = {"images": step * batch, "checkpoint": checkpoint, **measured}
         points.append(point)
-        print(run, ", ".join(f"{name} {value:.4g}" for name, value in point.items()), flush=True)
+        print(run, ", ".join(f"{name} {point[name]:.4g}" for name in ("images", *FIGURES)), flush=True)
     return points
 
 
@@ -145,15 +150,23 @@ def page_of(curves: dict[str, list[Point]]) -> str:
     return page("Learning curves", words, [], [("curves", "Against the images seen", plots(*drawn))])
 
 
+def named_run(text: str) -> tuple[str, Path]:
+    """`ours=runs/x` -> its name and folder. Raises what argparse tells in one line."""
+    name, _, run = text.partition("=")
+    if not (name and run and (Path(run) / "config.yaml").is_file() and any(Path(run).glob("checkpoints/step-*"))):
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is NAME=RUN, a run of train_ldm.py with checkpoints")
+    return name, Path(run)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
+    parser.add_argument("runs", nargs="+", type=named_run, metavar="NAME=RUN")
     parser.add_argument("--count", type=int, default=256, metavar="N", help="pictures for each checkpoint")
     parser.add_argument("--steps", type=int, default=20, metavar="N")
     parser.add_argument("--guidance", type=float, default=3.0, metavar="SCALE")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     arguments = parser.parse_args()
-    runs = {name: Path(run) for name, run in (text.split("=", 1) for text in arguments.runs)}
+    runs = dict(arguments.runs)
     settings = {"count": arguments.count, "steps": arguments.steps, "guidance": arguments.guidance}
     path = arguments.out / "curves.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -32,8 +32,8 @@ from ldm.picture import to_pil
 from ldm.pipeline_model import LatentDiffusionModel
 from ldm.randomness import derive_seed, generator_for
 
-_TRAINED_POOL = 8
-"""Trained prompts looked through for each that is drawn."""
+_TRAINED_POOL, _LEAST_POOL = 8, 512
+"""Trained prompts looked through for each that is drawn, and at least: few name as many objects as held-out ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def told_scenes(config: ScenesConfig, count: int, seed: int, *, trained: bool = 
     """
     prompts = held_out_prompts(config, count, seed)
     if trained:
-        pool = trained_prompts(config, _TRAINED_POOL * count, seed)
+        pool = trained_prompts(config, max(_LEAST_POOL, _TRAINED_POOL * count), seed)
         numbers = [len(scene.objects) for _, scene in prompts]
         alike = {number: cycle([one for one in pool if len(one[1].objects) == number]) for number in set(numbers)}
         prompts = [next(alike[number]) for number in numbers]

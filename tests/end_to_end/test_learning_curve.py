@@ -57,3 +57,11 @@ def test_a_run_is_measured_once(small_run, tmp_path):
     (tmp_path / "curves.json").write_text(json.dumps(measured))
     second = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     assert "objects 0.123" in second.stdout and "objects 0.123" not in first.stdout
+
+
+@pytest.mark.parametrize("run", ["runs/none", "ours=", "ours=tests"])
+def test_what_is_no_run_is_one_line(run, tmp_path):
+    call = [sys.executable, str(SCRIPT), run, "--out", str(tmp_path / "out")]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and f"found {run!r}" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

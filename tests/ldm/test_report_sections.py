@@ -136,6 +136,12 @@ def test_trained_prompts_name_as_many_objects_as_the_held_out_ones_that_they_are
     assert all(one.scene is not None and not is_held_out(scenes, one.scene) for one in trained)
 
 
+def test_one_trained_prompt_can_be_asked_for_however_many_objects_it_must_name() -> None:
+    for seed in range(12):
+        pair = [told_scenes(replace(SCENES, max_objects=3), 1, seed, trained=trained)[0] for trained in (False, True)]
+        assert len({len(one.scene.objects) for one in pair if one.scene is not None}) == 1
+
+
 def scored(objects: tuple[bool, ...], relation: bool | None = None) -> SceneScore:
     """A picture whose prompt names as many objects, of which those that are true are there."""
     found = tuple((f"thing {i}", f"thing {i}" if there else "nothing") for i, there in enumerate(objects))
