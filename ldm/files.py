@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_IMODE
 
 from safetensors import SafetensorError
 
@@ -29,7 +30,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):
+            partial.touch()
+            mode = S_IMODE(partial.stat().st_mode)
             yield partial
+            partial.chmod(mode)  # safetensors makes files for their owner alone
             sync(partial)
             partial.replace(path)
             sync(path.parent)
@@ -60,6 +64,8 @@ def whole_folder(folder: str | Path, note: str = "", *, synced: bool = True) -> 
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
+            for file in partial.rglob("*.safetensors"):
+                file.chmod(partial.stat().st_mode & 0o666)  # the library makes them for their owner alone
             if synced:
                 sync_all(partial)
             if not (folder.exists() and _exchange(partial, folder)):

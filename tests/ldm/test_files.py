@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ldm import files
 from ldm.errors import UserError, user_input
@@ -81,6 +83,22 @@ def test_a_folder_is_replaced_as_a_whole_or_stays(tmp_path: Path) -> None:
         refuse()
     assert names(folder / "sub") == ["second"]
     assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(("umask", "readable"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_others_may_read_weights_as_they_may_any_new_file(tmp_path: Path, umask: int, readable: int) -> None:
+    """The library's own files are for their owner alone, so that a server of another user could not open a model."""
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "one.safetensors") as partial:
+            save_file({"weight": torch.ones(1)}, partial)
+        with whole_folder(tmp_path / "model") as parts:
+            (parts / "unet").mkdir()
+            save_file({"weight": torch.ones(1)}, parts / "unet" / "model.safetensors")
+    finally:
+        os.umask(before)
+    for written in (tmp_path / "one.safetensors", tmp_path / "model" / "unet" / "model.safetensors"):
+        assert written.stat().st_mode & 0o777 == readable
 
 
 def test_what_the_system_says_is_told_without_numbers_and_twice_named_files(tmp_path: Path) -> None:
