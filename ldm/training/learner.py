@@ -112,7 +112,7 @@ class Learner:
         self.module = module
         self.wrapped, self.optimiser = accelerator.prepare(module, optimiser)
         self._names, self._parameters = _trained(module)
-        self.ema = EMAModel(self._parameters, decay=ema_decay) if ema_decay > 0 else None
+        self.ema = EMAModel(self._parameters, decay=ema_decay, foreach=True) if ema_decay > 0 else None
 
     def _split_off_text(self, optimiser: torch.optim.Optimizer) -> None:
         """Move the weights of a text encoder, which `_trained` puts last, into a group with a rate of their own.

@@ -58,7 +58,7 @@ class Update:
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.config = config
         self.optimiser = place.optimiser(config, self.parameters)
-        self.ema = EMAModel(self.parameters, decay=ema_decay) if ema_decay > 0 else None
+        self.ema = EMAModel(self.parameters, decay=ema_decay, foreach=True) if ema_decay > 0 else None
 
     def __call__(self) -> None:
         """As at the end of a step of the loop."""
