@@ -55,6 +55,8 @@ reference: $(VENV)/installed
 	$(BIN)/python train_vae.py configs/reference/vae.yaml
 	$(BIN)/python train_ldm.py configs/reference/ldm.yaml
 	$(BIN)/python train_ldm.py configs/reference/ldm-conditions.yaml
+	$(BIN)/python train_ldm.py configs/reference/ldm-relations.yaml
+	$(BIN)/python train_ldm.py configs/reference/ldm-finish.yaml
 
 # Hypothesis draws the same cases each time here, so that a pass means something to the next person; test-all explores.
 # Files run in their order: the reordering of xdist leaves the long end-to-end ones to the last, and a core idle.

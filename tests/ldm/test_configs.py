@@ -93,12 +93,17 @@ def test_the_plain_recipe_differs_from_the_reference_only_in_what_it_is_there_to
 
 def test_what_goes_on_from_a_model_of_ours_holds_the_same_combinations_out():
     further = [path for path in LDMS if config_of(path).model is not None]
-    assert [name_of(path) for path in further] == ["reference/ldm-conditions"]
+    parts = ["reference/ldm-conditions", "reference/ldm-finish", "reference/ldm-relations"]
+    assert [name_of(path) for path in further] == parts
     for path in further:
         now, first = (config.data.scenes for config in (config_of(path), OWN[config_of(path).model]))
-        assert dataclasses.replace(now, max_objects=first.max_objects) == first
+        free = {"count": 1, "min_objects": 1, "max_objects": 3}
+        assert dataclasses.replace(now, **free) == dataclasses.replace(first, **free)
         assert held_out_pairs(now) == held_out_pairs(first)
         assert held_out_singles(now) == held_out_singles(first)
+    conditions = config_of(CONFIGS / "reference/ldm-conditions.yaml")
+    assert conditions.data == OWN[conditions.model].data
+    assert conditions.cache.folder == f"{OWN[conditions.model].out}/latents"
 
 
 @pytest.mark.parametrize("path", FINETUNING, ids=name_of)
