@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, GradientState
 from small import LDM, VAE, Commands
+
+
+@pytest.fixture(autouse=True)
+def _no_run_before() -> Iterator[None]:
+    """Accelerate keeps the precision of a process's first run, which may have been that of another test."""
+    _forget_runs()
+    yield
+    _forget_runs()
+
+
+def _forget_runs() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture

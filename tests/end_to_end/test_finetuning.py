@@ -51,6 +51,7 @@ def images(commands):
 def config_of(commands, base, images, **changes):
     values = {
         **LDM,
+        "runtime": {"precision": "fp32"},  # where auto is bf16, what is drawn here and there differs by rounding
         "model": str(base),
         "data": {"root": str(images), "resolution": 16},
         "conditions": {"text": {"encoder": "model"}},

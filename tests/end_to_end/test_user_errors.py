@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from small import LDM, ROOT, VAE
 
@@ -32,11 +31,6 @@ def _one_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
