@@ -32,6 +32,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         with writing(path):
             partial.touch()
             mode = S_IMODE(partial.stat().st_mode)
+            partial.unlink()  # so that a writer that writes nothing does not leave an empty file
             yield partial
             partial.chmod(mode)  # safetensors makes files for their owner alone
             sync(partial)

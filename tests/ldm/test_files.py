@@ -85,6 +85,13 @@ def test_a_folder_is_replaced_as_a_whole_or_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model"]
 
 
+def test_a_writer_that_writes_nothing_leaves_the_old_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.json", "old")
+    with pytest.raises(UserError, match=r"a\.json: cannot be written"), whole_file(tmp_path / "a.json"):
+        pass
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == "old" and names(tmp_path) == ["a.json"]
+
+
 @pytest.mark.parametrize(("umask", "readable"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
 def test_others_may_read_weights_as_they_may_any_new_file(tmp_path: Path, umask: int, readable: int) -> None:
     """The library's own files are for their owner alone, so that a server of another user could not open a model."""
