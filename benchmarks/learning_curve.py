@@ -47,11 +47,11 @@ Point = dict[str, Any]
 """`images`, `checkpoint` (a hash of it), and what `Judge` measures."""
 
 
-def open_checkpoint(config: Stage2Config, checkpoint: Path) -> LatentDiffusionPipeline:
-    """What draws with a checkpoint's averaged weights, or with its weights where no average is kept."""
+def open_checkpoint(config: Stage2Config, checkpoint: Path, *, averaged: bool = True) -> LatentDiffusionPipeline:
+    """What draws with a checkpoint's averaged weights; with those of the last step if asked to, or if none are kept."""
     nets = build_networks(config, open_source(config.data))
-    averaged = checkpoint / "unet.ema.safetensors"
-    tensors = load_file(averaged if averaged.is_file() else checkpoint / "unet.safetensors")
+    average = checkpoint / "unet.ema.safetensors"
+    tensors = load_file(average if averaged and average.is_file() else checkpoint / "unet.safetensors")
     for prefix, module in {"unet.": nets.unet, "encoders.": nets.encoders}.items():
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         lacking = set(dict(module.named_parameters())) - set(own)
@@ -95,7 +95,7 @@ class Judge:
         return Moments.of(torch.stack([self._extractor.measure(picture) for picture in pictures]))
 
 
-def measured_run(run: Path, judge: Judge, known: Sequence[Point]) -> list[Point]:
+def measured_run(run: Path, judge: Judge, known: Sequence[Point], *, averaged: bool = True) -> list[Point]:
     """A point for each checkpoint, in the order of training."""
     config = load(Stage2Config, run / "config.yaml")
     batch, points = config.training.batch_size * config.training.accumulation, []
@@ -105,7 +105,7 @@ def measured_run(run: Path, judge: Judge, known: Sequence[Point]) -> list[Point]
         checkpoint = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:16]
         point = next((old for old in known if old["checkpoint"] == checkpoint), None)
         if point is None:
-            measured = judge.measure(open_checkpoint(config, folder))
+            measured = judge.measure(open_checkpoint(config, folder, averaged=averaged))
             point = {"images": step * batch, "checkpoint": checkpoint, **measured}
         points.append(point)
         print(run, ", ".join(f"{name} {point[name]:.4g}" for name in ("images", *FIGURES)), flush=True)
@@ -146,7 +146,7 @@ def page_of(curves: dict[str, list[Point]]) -> str:
             for name, points in curves.items()
         ]
         drawn.append(line_plot(series, title=title, x_label="images seen", y_label=figure))
-    words = "held-out prompts, averaged weights"
+    words = "held-out prompts"
     return page("Learning curves", words, [], [("curves", "Against the images seen", plots(*drawn))])
 
 
@@ -164,18 +164,24 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=256, metavar="N", help="pictures for each checkpoint")
     parser.add_argument("--steps", type=int, default=20, metavar="N")
     parser.add_argument("--guidance", type=float, default=3.0, metavar="SCALE")
+    parser.add_argument(
+        "--last-weights", action="append", default=[], metavar="NAME", help="draw NAME with these, not their average"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     arguments = parser.parse_args()
     runs = dict(arguments.runs)
-    settings = {"count": arguments.count, "steps": arguments.steps, "guidance": arguments.guidance}
+    if unknown := set(arguments.last_weights) - set(runs):
+        parser.error(f"--last-weights: found {', '.join(sorted(unknown))}; allowed is {', '.join(runs)}")
+    settings: dict[str, Any] = {"count": arguments.count, "steps": arguments.steps, "guidance": arguments.guidance}
+    judge = Judge(load(Stage2Config, next(iter(runs.values())) / "config.yaml").data, **settings)
+    settings["last_weights"] = sorted(arguments.last_weights)
     path = arguments.out / "curves.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known = old["curves"] if old.get("settings") == settings else {}
-    judge = Judge(load(Stage2Config, next(iter(runs.values())) / "config.yaml").data, **settings)
     arguments.out.mkdir(parents=True, exist_ok=True)
     curves = {name: known.get(name, []) for name in runs}
     for name, run in runs.items():
-        curves[name] = measured_run(run, judge, known.get(name, []))
+        curves[name] = measured_run(run, judge, known.get(name, []), averaged=name not in arguments.last_weights)
         found = {"settings": settings, "curves": curves, "factors": factors(curves)}
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         (arguments.out / "curves.html").write_text(page_of(curves), encoding="utf-8")

@@ -218,12 +218,12 @@ def claim_run_folder(config: Any, folder: Path, free: Sequence[str]) -> None:
     """Write the resolved config to `folder/config.yaml`, or check it against the one that the run began with.
 
     Keys that begin with one of `free` may change between parts of a run; any other difference is a `UserError`, since
-    a run that goes on with another model or other data is neither the old run nor a new one.
+    a run that goes on with another model or other data is neither the old run nor a new one. A key that there was not
+    yet when the run began has its default.
     """
     path = folder / "config.yaml"
     if path.exists():
-        with user_input(f"config {path}"):
-            began_with = _parse(path.read_text(encoding="utf-8"), f"config {path}")
+        began_with = to_values(load(type(config), path))
         for key, old, new in difference(began_with, to_values(config)):
             if not key.startswith(tuple(free)):
                 raise UserError(

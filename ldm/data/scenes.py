@@ -69,6 +69,7 @@ class ScenesConfig:
     min_objects: int = 1
     max_objects: int = 1
     sizes: tuple[Literal["small", "large"], ...] = ("small", "large")  # worded in captions only when both are there
+    equal_sizes: bool = False  # a scene's objects are all small or all large: no size tells which of them is where
     relations: bool = True  # captions of two objects say where the first lies
     held_out: float = 0.1  # share of the combinations that never occur in the split "train"
     split: Split = "train"
@@ -255,11 +256,12 @@ def _draw_content(config: ScenesConfig, draw: Callable[[], float]) -> Scene:
     background = _pick(config.background_names, draw)
     colours = tuple(colour for colour in config.colour_names if colour != background)
     names = list(config.object_names)
-    things = []
+    things: list[SceneObject] = []
     for _ in range(number):
         name = names.pop(int(draw() * len(names)))
         colour = _pick(colours, draw) if colours else None
-        things.append(SceneObject(name, colour, _pick(config.sizes, draw)))
+        size = _pick(config.sizes, draw)
+        things.append(SceneObject(name, colour, things[0].size if config.equal_sizes and things else size))
     relation = _pick(tuple(RELATIONS), draw) if number == 2 and config.relations else None
     return Scene(config.kind, background, tuple(things), relation, len(config.sizes) > 1)
 
@@ -415,8 +417,9 @@ def describe(scene: Scene) -> dict[str, object]:
 def _fingerprint(config: ScenesConfig, resolution: int) -> str:
     font = EMOJI_FONT.stat().st_size if config.kind == "emoji" else 0  # another font draws other pictures
     content = dataclasses.asdict(config)
-    if not config.grid:
-        del content["grid"]  # so that what was cached before there was a grid is found again
+    for later in ("grid", "equal_sizes"):
+        if not content[later]:
+            del content[later]  # so that what was cached before there was such a field is found again
     text = json.dumps([VERSION, resolution, font, content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -126,6 +126,14 @@ def test_run_folder_takes_the_same_config_and_refuses_another(tmp_path):
     assert load(Outer, tmp_path / "run" / "config.yaml").sizes == (5,)
 
 
+def test_a_run_goes_on_that_began_before_a_key_existed(tmp_path):
+    write(tmp_path, "name: a\ninner: {width: 4, rate: 0.5}\n")
+    claim_run_folder(Outer(name="a"), tmp_path, free=())
+    write(tmp_path, "name: a\ninner: {width: 4, rate: 0.5}\n")
+    with pytest.raises(UserError, match=r"inner\.kind: found 'green' .* began with 'red'"):
+        claim_run_folder(Outer(name="a", inner=Inner(kind="green")), tmp_path, free=())
+
+
 def test_load_section(tmp_path):
     path = write(tmp_path, "inner: {width: 7}\nunknown: 3\n")
     assert load_section(Inner, path, "inner").width == 7

@@ -17,10 +17,14 @@ def test_names_of_types(name: str, dtype: torch.dtype) -> None:
     assert choose_dtype(dtype, CPU) is dtype
 
 
-@pytest.mark.parametrize(("amx", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_bf16_only_on_a_cpu_with_tiles(monkeypatch: pytest.MonkeyPatch, amx: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("avx512_bf16", [True, False])
+def test_auto_is_bf16_only_on_a_cpu_that_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512_bf16: bool
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert choose_dtype("auto", CPU) is dtype
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert choose_dtype("auto", CPU) is (torch.bfloat16 if amx or avx512_bf16 else torch.float32)
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -345,6 +345,22 @@ def test_on_a_grid_objects_lie_inside_beside_each_other_and_as_stated(grid: int)
     assert grid > 8 or len(seen) == inner  # every place that is allowed occurs
 
 
+def test_equal_sizes_take_both_sizes_and_leave_all_else_of_a_scene_as_it_was() -> None:
+    plain = ScenesConfig(min_objects=2, max_objects=3, grid=8)
+    equal = dataclasses.replace(plain, equal_sizes=True)
+    pairs = [(scene_at(plain, index), scene_at(equal, index)) for index in range(200)]
+    assert {frozenset(thing.size for thing in scene.objects) for _, scene in pairs} == {
+        frozenset({"small"}),
+        frozenset({"large"}),
+    }
+    for free, bound in pairs:
+        assert [thing.name for thing in bound.objects] == [thing.name for thing in free.objects]
+        assert (bound.background, bound.relation) == (free.background, free.relation)
+        assert bound.objects[0].size == free.objects[0].size
+        assert all(bound.objects[0].size in caption(bound).split(f" {thing.name}")[0] for thing in bound.objects)
+    assert ScenesSource(equal, 64).fingerprint != ScenesSource(plain, 64).fingerprint
+
+
 def test_a_grid_is_checked_and_leaves_other_scenes_and_their_caches_as_they_were() -> None:
     with pytest.raises(ValueError, match=r"grid: found 5, of which no multiple is as large as a small object"):
         ScenesConfig(max_objects=2, grid=5)
