@@ -24,6 +24,8 @@ from ldm.config import load
 from ldm.data.images import to_tensor
 from ldm.data.scene_rendering import RELATIONS, Scene, caption, render_image
 from ldm.data.scenes import ScenesConfig, scene_at
+from ldm.data.sources import DataConfig
+from ldm.errors import UserError
 from ldm.noise import NoiseSchedule, add_noise, to_x0
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.pipeline_conditions import tell
@@ -100,6 +102,17 @@ def measure(
     return found
 
 
+def vocabulary(text: str) -> DataConfig:
+    """The data of a config of train_ldm.py. Raises what argparse tells in one line."""
+    try:
+        data = load(Stage2Config, Path(text)).data
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if len(data.scenes.object_names) < 3:
+        raise argparse.ArgumentTypeError(f"found {text} with two objects or fewer; a third is needed to name another")
+    return data
+
+
 def model_folder(text: str) -> Path:
     """A folder that `open_model` opens. Raises what argparse tells in one line."""
     folder = Path(text)
@@ -111,19 +124,19 @@ def model_folder(text: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a config of train_ldm.py with the vocabulary")
+    parser.add_argument("config", type=vocabulary, help="a config of train_ldm.py with the vocabulary")
     parser.add_argument("models", nargs="+", type=model_folder, help="folders of pipelines or of checkpoints")
     parser.add_argument("--count", type=int, default=192, metavar="N", help="scenes")
     parser.add_argument("--equal-sizes", action="store_true", help="scenes whose two objects have one size")
     arguments = parser.parse_args()
-    config = load(Stage2Config, arguments.config)
+    data: DataConfig = arguments.config
     scenes = dataclasses.replace(
-        config.data.scenes, min_objects=2, max_objects=2, relations=True, equal_sizes=arguments.equal_sizes
+        data.scenes, min_objects=2, max_objects=2, relations=True, equal_sizes=arguments.equal_sizes
     )
     for folder in arguments.models:
         print(f"{folder}\n| | " + " | ".join(f"t = {timestep}" for timestep in TIMESTEPS) + " |")
         print("|---" * (len(TIMESTEPS) + 1) + "|")
-        for name, row in measure(open_model(folder), scenes, config.data.resolution, arguments.count).items():
+        for name, row in measure(open_model(folder), scenes, data.resolution, arguments.count).items():
             print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in row) + " |", flush=True)
 
 
