@@ -26,6 +26,7 @@ from ldm.config import load
 from ldm.data.scene_rendering import render_image
 from ldm.data.scenes import held_out_prompts
 from ldm.data.sources import DataConfig, open_source
+from ldm.device import choose_dtype
 from ldm.evaluation.frechet import frechet_distance
 from ldm.evaluation.page import page, plots
 from ldm.evaluation.plots import Series, line_plot
@@ -47,7 +48,9 @@ Point = dict[str, Any]
 """`images`, `checkpoint` (a hash of it), and what `Judge` measures."""
 
 
-def open_checkpoint(config: Stage2Config, checkpoint: Path, *, averaged: bool = True) -> LatentDiffusionPipeline:
+def open_checkpoint(
+    config: Stage2Config, checkpoint: Path, *, averaged: bool = True, dtype: str = "fp32"
+) -> LatentDiffusionPipeline:
     """What draws with a checkpoint's averaged weights; with those of the last step if asked to, or if none are kept."""
     nets = build_networks(config, open_source(config.data))
     average = checkpoint / "unet.ema.safetensors"
@@ -57,7 +60,7 @@ def open_checkpoint(config: Stage2Config, checkpoint: Path, *, averaged: bool = 
         lacking = set(dict(module.named_parameters())) - set(own)
         if lacking or module.load_state_dict(own, strict=False).unexpected_keys:
             raise SystemExit(f"{checkpoint}: is not of {config.out}: {sorted(lacking)[:3]}")
-    return LatentDiffusionPipeline(
+    pipeline = LatentDiffusionPipeline(
         nets.autoencoder,
         nets.encoders.text,
         nets.unet,
@@ -65,6 +68,7 @@ def open_checkpoint(config: Stage2Config, checkpoint: Path, *, averaged: bool = 
         semantic_encoder=nets.encoders.semantic,
         label_encoder=nets.encoders.label,
     )
+    return pipeline.to(dtype=choose_dtype(dtype, torch.device("cpu")))
 
 
 class Judge:
@@ -105,7 +109,7 @@ def measured_run(run: Path, judge: Judge, known: Sequence[Point], *, averaged: b
         checkpoint = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:16]
         point = next((old for old in known if old["checkpoint"] == checkpoint), None)
         if point is None:
-            measured = judge.measure(open_checkpoint(config, folder, averaged=averaged))
+            measured = judge.measure(open_checkpoint(config, folder, averaged=averaged, dtype="auto"))
             point = {"images": step * batch, "checkpoint": checkpoint, **measured}
         points.append(point)
         print(run, ", ".join(f"{name} {point[name]:.4g}" for name in ("images", *FIGURES)), flush=True)

@@ -7,8 +7,8 @@ the Noto Color Emoji font and are called by their Unicode CLDR short names. Spri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -57,7 +57,15 @@ RELATIONS = {
     "above": "below",
     "below": "above",
 }
-PHRASINGS = 4
+# Relation of the first object to the second -> where the one is and where the other, in a word each.
+PLACES = {
+    "to the left of": ("left", "right"),
+    "to the right of": ("right", "left"),
+    "above": ("above", "below"),
+    "below": ("below", "above"),
+}
+PHRASINGS = (0, 1, 2, 3)  # those of captions and prompts
+PLACED_PHRASINGS = (4, 5)  # that say of each of two objects where it is, right behind its name
 Size = Literal["small", "large"]
 
 SHAPE_COLOURS = tuple(PALETTE)[:10]
@@ -244,32 +252,42 @@ def render_semantic(scene: Scene, resolution: int, objects: tuple[str, ...]) -> 
 
 
 def caption(scene: Scene, phrasing: int = 0) -> str:
-    """What the scene shows, in words; phrasings are 0 to `PHRASINGS` - 1, and 0 is the one to prompt with."""
+    """What the scene shows, in words; 0 is the one of `PHRASINGS` and `PLACED_PHRASINGS` to prompt with."""
+    if phrasing not in PHRASINGS + PLACED_PHRASINGS:
+        allowed = f"0 to {max(PLACED_PHRASINGS)}"
+        raise ValueError(f"phrasing: found {phrasing}; allowed is {allowed}; choose one of them")
     things = [_noun(scene, thing) for thing in scene.objects]
     ground = scene.background
-    if scene.relation:
-        text = f"{_with_article(things[0])} {scene.relation} {_with_article(things[1])}"
-        turned = f"{_with_article(things[1])} {RELATIONS[scene.relation]} {_with_article(things[0])}"
-    else:
-        text, turned = _listed(things), _listed(things[::-1])
-    if phrasing == 0:
-        return f"{text} on {_with_article(ground)} background"
-    if phrasing == 1:
+    text = _related(scene, things, placed=phrasing in PLACED_PHRASINGS)
+    if phrasing == 2 and len(things) == 1:
+        return f"{things[0]}, {ground} background"
+    if phrasing in (2, 5):
+        text = _related(_turned(scene), things[::-1], placed=phrasing in PLACED_PHRASINGS)
+    if phrasing in (1, 5):
         return f"{ground} background with {text}"
-    if phrasing == 2:
-        return (
-            f"{things[0]}, {ground} background"
-            if len(things) == 1
-            else f"{turned} on {_with_article(ground)} background"
-        )
     if phrasing == 3:
         return f"a picture of {text} on {ground}"
-    raise ValueError(f"phrasing: found {phrasing}; allowed is 0 to {PHRASINGS - 1}; choose one of them")
+    return f"{text} on {_with_article(ground)} background"
 
 
-def captions(scene: Scene) -> tuple[str, ...]:
-    """The scene in every phrasing."""
-    return tuple(caption(scene, phrasing) for phrasing in range(PHRASINGS))
+def captions(scene: Scene, phrasings: Sequence[int] = PHRASINGS) -> tuple[str, ...]:
+    """The scene in each of these phrasings."""
+    return tuple(caption(scene, phrasing) for phrasing in phrasings)
+
+
+def _turned(scene: Scene) -> Scene:
+    return replace(scene, objects=scene.objects[::-1], relation=RELATIONS[scene.relation] if scene.relation else None)
+
+
+def _related(scene: Scene, things: list[str], *, placed: bool) -> str:
+    """The objects with their relation, if one is stated: "a dog above a key", placed "a dog above and a key below"."""
+    if scene.relation is None:
+        return _listed(things)
+    first, second = (_with_article(thing) for thing in things)
+    if not placed:
+        return f"{first} {scene.relation} {second}"
+    here, there = PLACES[scene.relation]
+    return f"{first} {here} and {second} {there}"
 
 
 def _noun(scene: Scene, thing: SceneObject) -> str:

@@ -26,6 +26,7 @@ from ldm.data.scene_rendering import (
     EMOJI_FONT,
     PALETTE,
     PHRASINGS,
+    PLACED_PHRASINGS,
     RELATIONS,
     SHAPE_COLOURS,
     SHAPES,
@@ -71,6 +72,7 @@ class ScenesConfig:
     sizes: tuple[Literal["small", "large"], ...] = ("small", "large")  # worded in captions only when both are there
     equal_sizes: bool = False  # a scene's objects are all small or all large: no size tells which of them is where
     relations: bool = True  # captions of two objects say where the first lies
+    phrasings: tuple[int, ...] = PHRASINGS  # of the captions; 4 and 5 are "a dog above and a key below", turned in 5
     held_out: float = 0.1  # share of the combinations that never occur in the split "train"
     split: Split = "train"
     grid: int = 0  # corners and sides of objects are multiples of 1 / grid of the picture's side; 0: as they fall
@@ -95,9 +97,20 @@ class ScenesConfig:
             raise ValueError(
                 f"held_out: found {self.held_out}; allowed is 0 to 0.5; set the share held out of training"
             )
+        self._check_phrasings()
         self._check_numbers_of_objects()
         self._check_combinations()
         self._check_grid()
+
+    def _check_phrasings(self) -> None:
+        allowed = PHRASINGS + PLACED_PHRASINGS
+        if (
+            not self.phrasings
+            or len(set(self.phrasings)) < len(self.phrasings)
+            or not set(allowed) >= {*self.phrasings}
+        ):
+            found = ", ".join(map(str, self.phrasings)) or "none"
+            raise ValueError(f"phrasings: found {found}; allowed are {min(allowed)} to {max(allowed)}, each once")
 
     def _check_grid(self) -> None:
         if self.grid < 0:
@@ -393,7 +406,7 @@ class ScenesSource:
         return Sample(
             key=f"{self.config.split}-{self.config.seed}-{index:06d}",
             image=render_image(scene, self.resolution) if with_image else None,
-            captions=captions(scene),
+            captions=captions(scene, self.config.phrasings),
             semantic=render_semantic(scene, self.resolution, names),
             mask=None,
             label=names.index(scene.objects[0].name) if self.classes else None,
@@ -417,8 +430,8 @@ def describe(scene: Scene) -> dict[str, object]:
 def _fingerprint(config: ScenesConfig, resolution: int) -> str:
     font = EMOJI_FONT.stat().st_size if config.kind == "emoji" else 0  # another font draws other pictures
     content = dataclasses.asdict(config)
-    for later in ("grid", "equal_sizes"):
-        if not content[later]:
+    for later, default in (("grid", 0), ("equal_sizes", False), ("phrasings", PHRASINGS)):
+        if content[later] == default:
             del content[later]  # so that what was cached before there was such a field is found again
     text = json.dumps([VERSION, resolution, font, content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -448,7 +461,7 @@ def _split_prompts(config: ScenesConfig, split: Split, count: int, seed: int, na
         if len(found) == count:
             break
     scenes = list(found.values())
-    prompts = [(caption(scene, phrasing), scene) for phrasing in range(PHRASINGS) for scene in scenes]
+    prompts = [(caption(scene, phrasing), scene) for phrasing in PHRASINGS for scene in scenes]
     return [prompts[position % len(prompts)] for position in range(count)]
 
 

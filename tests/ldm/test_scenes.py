@@ -21,6 +21,7 @@ from ldm.data.scene_rendering import (
     EMOJI,
     PALETTE,
     PHRASINGS,
+    PLACED_PHRASINGS,
     RELATIONS,
     SHAPE_COLOURS,
     SHAPES,
@@ -212,12 +213,12 @@ def test_three_objects_are_left_to_draw_from_three_kinds() -> None:
 def test_held_out_prompts_differ_and_then_repeat_evenly() -> None:
     config = ScenesConfig(**FEW, sizes=("large",), held_out=0.2)
     number = len(held_out_singles(config))
-    prompts = held_out_prompts(config, 3 * PHRASINGS * number, seed=1)
+    prompts = held_out_prompts(config, 3 * len(PHRASINGS) * number, seed=1)
     texts = [text for text, _ in prompts]
     assert {texts.count(text) for text in texts} == {3}
-    assert len(set(texts[: PHRASINGS * number])) == PHRASINGS * number
+    assert len(set(texts[: len(PHRASINGS) * number])) == len(PHRASINGS) * number
     for position, (text, scene) in enumerate(prompts):
-        assert text == caption(scene, position // number % PHRASINGS)
+        assert text == caption(scene, position // number % len(PHRASINGS))
         assert is_held_out(config, scene)
     assert held_out_prompts(config, 5, seed=1) == prompts[:5] != held_out_prompts(config, 5, seed=2)
     with pytest.raises(UserError, match=r"held-out prompts: split: found held_out, but held_out is 0\.0"):
@@ -282,9 +283,44 @@ def test_the_other_phrasings_say_the_same() -> None:
     )
     assert captions(three)[0] == "a ewe, an owl and a unicorn on an orange background"
     assert captions(three)[2] == "a unicorn, an owl and a ewe on an orange background"
-    assert len(captions(one)) == PHRASINGS
-    with pytest.raises(ValueError, match="phrasing: found 4; allowed is 0 to 3"):
-        caption(one, 4)
+    assert len(captions(one)) == len(PHRASINGS)
+    with pytest.raises(ValueError, match="phrasing: found 6; allowed is 0 to 5"):
+        caption(one, 6)
+
+
+def test_placed_phrasings_say_of_both_objects_where_they_are() -> None:
+    objects = (SceneObject("star", "orange", "small"), SceneObject("ring", "red", "large"))
+    told = {
+        relation: captions(Scene("shapes", "white", objects, relation, True), PLACED_PHRASINGS)
+        for relation in ("to the left of", "below")
+    }
+    assert told == {
+        "to the left of": (
+            "a small orange star left and a large red ring right on a white background",
+            "white background with a large red ring right and a small orange star left",
+        ),
+        "below": (
+            "a small orange star below and a large red ring above on a white background",
+            "white background with a large red ring above and a small orange star below",
+        ),
+    }
+    for scene in (
+        Scene("shapes", "white", objects[:1], None, True),
+        Scene("shapes", "white", objects, None, False),
+    ):
+        assert caption(scene, 4) == caption(scene)  # no relation is stated, so there is no place to tell
+
+
+def test_the_phrasings_of_a_source_are_those_asked_for() -> None:
+    config = ScenesConfig(min_objects=2, max_objects=2, phrasings=(0, 4))
+    usual = dataclasses.replace(config, phrasings=PHRASINGS)
+    sample = ScenesSource(config, 64).read(3)
+    assert sample.captions == captions(scene_at(config, 3), (0, 4))
+    assert scene_at(config, 3) == scene_at(usual, 3), "words do not change the picture"
+    assert ScenesSource(config, 64).fingerprint != ScenesSource(usual, 64).fingerprint
+    for wrong in ((), (0, 6), (1, 1)):
+        with pytest.raises(ValueError, match=r"phrasings: found .*; allowed are 0 to 5, each once"):
+            ScenesConfig(phrasings=wrong)
 
 
 def test_relations_are_stated_only_when_asked_for_and_between_two() -> None:
