@@ -15,6 +15,7 @@ from autoencoder.model import Autoencoder, build_autoencoder, downsampling_facto
 from conditioning.conditions import Conditions
 from conditioning.text import TextConfig
 from ldm.config import dump, load
+from ldm.data.scene_rendering import PHRASINGS
 from ldm.data.scenes import held_out_pairs, held_out_singles
 from ldm.growing import grow
 from ldm.training.stage1 import Stage1Config
@@ -97,7 +98,7 @@ def test_what_goes_on_from_a_model_of_ours_holds_the_same_combinations_out():
     assert [name_of(path) for path in further] == parts
     for path in further:
         now, first = (config.data.scenes for config in (config_of(path), OWN[config_of(path).model]))
-        free = {"count": 1, "min_objects": 1, "max_objects": 3}
+        free = {"count": 1, "min_objects": 1, "max_objects": 3, "equal_sizes": False, "phrasings": PHRASINGS}
         assert dataclasses.replace(now, **free) == dataclasses.replace(first, **free)
         assert held_out_pairs(now) == held_out_pairs(first)
         assert held_out_singles(now) == held_out_singles(first)
