@@ -51,7 +51,10 @@ Point = dict[str, Any]
 def open_checkpoint(
     config: Stage2Config, checkpoint: Path, *, averaged: bool = True, dtype: str = "fp32"
 ) -> LatentDiffusionPipeline:
-    """What draws with a checkpoint's averaged weights; with those of the last step if asked to, or if none are kept."""
+    """What draws with a checkpoint's averaged weights; with those of the last step if asked to, or if none are kept.
+
+    `dtype` is as in `choose_dtype`: "auto" is the machine's own, in which users draw too.
+    """
     nets = build_networks(config, open_source(config.data))
     average = checkpoint / "unet.ema.safetensors"
     tensors = load_file(average if averaged and average.is_file() else checkpoint / "unet.safetensors")
@@ -179,6 +182,7 @@ def main() -> None:
     settings: dict[str, Any] = {"count": arguments.count, "steps": arguments.steps, "guidance": arguments.guidance}
     judge = Judge(load(Stage2Config, next(iter(runs.values())) / "config.yaml").data, **settings)
     settings["last_weights"] = sorted(arguments.last_weights)
+    settings["dtype"] = str(choose_dtype("auto", torch.device("cpu")))  # points of another precision are drawn again
     path = arguments.out / "curves.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known = old["curves"] if old.get("settings") == settings else {}

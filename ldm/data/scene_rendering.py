@@ -57,13 +57,8 @@ RELATIONS = {
     "above": "below",
     "below": "above",
 }
-# Relation of the first object to the second -> where the one is and where the other, in a word each.
-PLACES = {
-    "to the left of": ("left", "right"),
-    "to the right of": ("right", "left"),
-    "above": ("above", "below"),
-    "below": ("below", "above"),
-}
+# Relation of an object to another -> its place, in one word.
+PLACES = {"to the left of": "left", "to the right of": "right", "above": "above", "below": "below"}
 PHRASINGS = (0, 1, 2, 3)  # those of captions and prompts
 PLACED_PHRASINGS = (4, 5)  # that say of each of two objects where it is, right behind its name
 Size = Literal["small", "large"]
@@ -252,17 +247,17 @@ def render_semantic(scene: Scene, resolution: int, objects: tuple[str, ...]) -> 
 
 
 def caption(scene: Scene, phrasing: int = 0) -> str:
-    """What the scene shows, in words; 0 is the one of `PHRASINGS` and `PLACED_PHRASINGS` to prompt with."""
+    """What the scene shows, in words; phrasing 0 is the one to prompt with.
+
+    Raises `ValueError` for a phrasing that is neither of `PHRASINGS` nor of `PLACED_PHRASINGS`.
+    """
     if phrasing not in PHRASINGS + PLACED_PHRASINGS:
         allowed = f"0 to {max(PLACED_PHRASINGS)}"
         raise ValueError(f"phrasing: found {phrasing}; allowed is {allowed}; choose one of them")
-    things = [_noun(scene, thing) for thing in scene.objects]
     ground = scene.background
-    text = _related(scene, things, placed=phrasing in PLACED_PHRASINGS)
-    if phrasing == 2 and len(things) == 1:
-        return f"{things[0]}, {ground} background"
-    if phrasing in (2, 5):
-        text = _related(_turned(scene), things[::-1], placed=phrasing in PLACED_PHRASINGS)
+    if phrasing == 2 and len(scene.objects) == 1:
+        return f"{_noun(scene, scene.objects[0])}, {ground} background"
+    text = _things(_turned(scene) if phrasing in (2, 5) else scene, placed=phrasing in PLACED_PHRASINGS)
     if phrasing in (1, 5):
         return f"{ground} background with {text}"
     if phrasing == 3:
@@ -279,15 +274,15 @@ def _turned(scene: Scene) -> Scene:
     return replace(scene, objects=scene.objects[::-1], relation=RELATIONS[scene.relation] if scene.relation else None)
 
 
-def _related(scene: Scene, things: list[str], *, placed: bool) -> str:
+def _things(scene: Scene, *, placed: bool) -> str:
     """The objects with their relation, if one is stated: "a dog above a key", placed "a dog above and a key below"."""
+    nouns = [_noun(scene, thing) for thing in scene.objects]
     if scene.relation is None:
-        return _listed(things)
-    first, second = (_with_article(thing) for thing in things)
-    if not placed:
-        return f"{first} {scene.relation} {second}"
-    here, there = PLACES[scene.relation]
-    return f"{first} {here} and {second} {there}"
+        return _listed(nouns)
+    first, second = (_with_article(noun) for noun in nouns)
+    if placed:
+        return f"{first} {PLACES[scene.relation]} and {second} {PLACES[RELATIONS[scene.relation]]}"
+    return f"{first} {scene.relation} {second}"
 
 
 def _noun(scene: Scene, thing: SceneObject) -> str:

@@ -110,7 +110,8 @@ class ScenesConfig:
             or not set(allowed) >= {*self.phrasings}
         ):
             found = ", ".join(map(str, self.phrasings)) or "none"
-            raise ValueError(f"phrasings: found {found}; allowed are {min(allowed)} to {max(allowed)}, each once")
+            allowed_text = f"{min(allowed)} to {max(allowed)}, each once"
+            raise ValueError(f"phrasings: found {found}; allowed are {allowed_text}; name some of them")
 
     def _check_grid(self) -> None:
         if self.grid < 0:
