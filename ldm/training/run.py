@@ -91,6 +91,7 @@ def open_run(folder: Path, seed: int, runtime: RuntimeConfig, keep_checkpoints: 
 def join_processes(folder: Path, runtime: RuntimeConfig) -> Accelerator:
     """The processes of a run and their numeric format; nothing is written."""
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # unasked, accelerate takes each process of torchrun for a run alone
         mixed_precision="bf16" if _precision(runtime.precision) == torch.bfloat16 else "no",
         log_with=list(runtime.trackers) or None,
         project_dir=str(folder),

@@ -71,7 +71,7 @@ class Commands:
 
     @property
     def environment(self) -> dict[str, str]:
-        offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
+        offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         return {**os.environ, "PYTHONPATH": str(ROOT), **offline}
 
     def write_config(self, name: str, values: dict) -> Path:
