@@ -183,7 +183,9 @@ def shared_work(device: str) -> Iterator[tuple[Share, str]]:
 
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=6))
+    from ldm.device import choose_device
+
+    state = PartialState(cpu=choose_device(device).type == "cpu", timeout=timedelta(hours=6))
     try:
         chosen = str(state.device) if device == "auto" else device
         yield Share(state.process_index, state.num_processes, state.wait_for_everyone), chosen

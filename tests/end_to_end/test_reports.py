@@ -17,6 +17,20 @@ def page_and_metrics(out: Path) -> tuple[str, dict]:
     return page, json.loads((out / "metrics.json").read_text(encoding="utf-8"))
 
 
+SHARING = """
+from ldm.cli.reporting import shared_work
+with shared_work("auto") as (share, device):
+    print(list(share.of(6)), device)
+"""
+
+
+def test_the_processes_of_torchrun_share_the_work_on_a_cpu_too(commands: Commands) -> None:
+    (commands.folder / "sharing.py").write_text(SHARING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    said = commands.run(*launcher, "sharing.py").stdout
+    assert sorted(line for line in said.splitlines() if line.startswith("[")) == ["[0, 1, 2] cpu", "[3, 4, 5] cpu"]
+
+
 @pytest.mark.slow
 def test_two_processes_draw_what_one_draws(commands: Commands, small_run: Path) -> None:
     commands.ldm("evaluate", small_run, *DRAWING, "--out", "one")
