@@ -17,7 +17,7 @@ help:
 	@echo "make demo      draw with the model in models/: prompts, inpainting, a map, a way between two prompts (a minute);"
 	@echo "               your own words: make demo PROMPT=\"a small dog above a large pizza on a navy background\""
 	@echo "make demo-train train both stages on built-in scenes, draw held-out prompts, score them (12 minutes on 2 cores)"
-	@echo "make reference train the reference model from nothing (about five hours on 2 cores, two with AMX; goes on where it was stopped)"
+	@echo "make reference train the reference model from nothing (about five hours on 2 cores, three with AMX; goes on where it was stopped)"
 	@echo "make test      the tests (12 minutes on 2 cores); make test-all adds the slow ones"
 	@echo "make lint      ruff and mypy;  make format  rewrites;  make install  only makes .venv;  make clean"
 
