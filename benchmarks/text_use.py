@@ -1,7 +1,7 @@
 """By how much a model's error grows when its caption is wrong: what it uses of the words, long before pictures show it.
 
     python benchmarks/text_use.py configs/reference/ldm.yaml models/emoji-scenes runs/reference/ldm/checkpoints/step-500
-    python benchmarks/text_use.py configs/reference/ldm.yaml models/emoji-scenes --equal-sizes
+    python benchmarks/text_use.py configs/reference/ldm.yaml models/emoji-scenes --equal-sizes --phrasing 4
 
 Fresh scenes of two objects in a relation, of the vocabulary of the config, at several timesteps: the mean square error
 of the clean latents with the true caption, and by how much it grows when the caption says the opposite relation, or
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ldm.config import load
 from ldm.data.images import to_tensor
-from ldm.data.scene_rendering import RELATIONS, Scene, caption, render_image
+from ldm.data.scene_rendering import PHRASINGS, PLACED_PHRASINGS, RELATIONS, Scene, caption, render_image
 from ldm.data.scenes import ScenesConfig, scene_at
 from ldm.data.sources import DataConfig
 from ldm.errors import UserError
@@ -85,7 +85,7 @@ def errors(
 
 
 def measure(
-    model: LatentDiffusionPipeline, scenes: ScenesConfig, resolution: int, count: int
+    model: LatentDiffusionPipeline, scenes: ScenesConfig, resolution: int, count: int, phrasing: int
 ) -> dict[str, list[float]]:
     """At each of `TIMESTEPS`: the error with the true captions, and its growth with each kind of wrong one."""
     shown = [scene_at(scenes, FIRST_SCENE + index) for index in range(count)]
@@ -95,10 +95,10 @@ def measure(
     def told(prompts: Sequence[str]) -> Tensor:
         return torch.stack([errors(model, latents, prompts, resolution, timestep).mean() for timestep in TIMESTEPS])
 
-    true = told([caption(scene) for scene in shown])  # [T]
+    true = told([caption(scene, phrasing) for scene in shown])  # [T]
     found = {"true captions": true.tolist()}
     for name, change in WRONG.items():
-        found[name] = (told([caption(change(scene, scenes)) for scene in shown]) - true).tolist()
+        found[name] = (told([caption(change(scene, scenes), phrasing) for scene in shown]) - true).tolist()
     return found
 
 
@@ -128,6 +128,9 @@ def main() -> None:
     parser.add_argument("models", nargs="+", type=model_folder, help="folders of pipelines or of checkpoints")
     parser.add_argument("--count", type=int, default=192, metavar="N", help="scenes")
     parser.add_argument("--equal-sizes", action="store_true", help="scenes whose two objects have one size")
+    parser.add_argument(
+        "--phrasing", type=int, default=0, choices=PHRASINGS + PLACED_PHRASINGS, metavar="0..5", help="of the captions"
+    )
     arguments = parser.parse_args()
     data: DataConfig = arguments.config
     scenes = dataclasses.replace(
@@ -136,7 +139,9 @@ def main() -> None:
     for folder in arguments.models:
         print(f"{folder}\n| | " + " | ".join(f"t = {timestep}" for timestep in TIMESTEPS) + " |")
         print("|---" * (len(TIMESTEPS) + 1) + "|")
-        for name, row in measure(open_model(folder), scenes, data.resolution, arguments.count).items():
+        for name, row in measure(
+            open_model(folder), scenes, data.resolution, arguments.count, arguments.phrasing
+        ).items():
             print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in row) + " |", flush=True)
 
 

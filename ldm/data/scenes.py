@@ -69,7 +69,8 @@ class ScenesConfig:
     backgrounds: tuple[str, ...] = ()
     min_objects: int = 1
     max_objects: int = 1
-    sizes: tuple[Literal["small", "large"], ...] = ("small", "large")  # worded in captions only when both are there
+    sizes: tuple[Literal["small", "large"], ...] = ("small", "large")
+    size_words: Literal["if_both", "always"] = "if_both"  # captions say the size: where both are there, or in any case
     equal_sizes: bool = False  # a scene's objects are all small or all large: no size tells which of them is where
     relations: bool = True  # captions of two objects say where the first lies
     phrasings: tuple[int, ...] = PHRASINGS  # of the captions; 4 and 5 are "a dog above and a key below", turned in 5
@@ -85,6 +86,7 @@ class ScenesConfig:
         _check_names("colours", self.colours, tuple(PALETTE))
         _check_names("backgrounds", self.backgrounds, tuple(PALETTE))
         _check_names("sizes", self.sizes, SIZES)
+        _check_choice("size_words", self.size_words, ("if_both", "always"))
         if self.kind == "emoji" and self.colours:
             raise ValueError(
                 f"colours: found {', '.join(self.colours)} for kind emoji, which have their own; remove it"
@@ -165,6 +167,10 @@ class ScenesConfig:
     def background_names(self) -> tuple[str, ...]:
         """The colours of the background."""
         return self.backgrounds or BACKGROUNDS
+
+    def says_sizes(self) -> bool:
+        """Whether captions say small and large."""
+        return len(self.sizes) > 1 or self.size_words == "always"
 
     def size_ranges(self) -> dict[str, tuple[float, float]]:
         """Size word -> least and greatest side of an object, as a fraction of the image's."""
@@ -277,7 +283,7 @@ def _draw_content(config: ScenesConfig, draw: Callable[[], float]) -> Scene:
         size = _pick(config.sizes, draw)
         things.append(SceneObject(name, colour, things[0].size if config.equal_sizes and things else size))
     relation = _pick(tuple(RELATIONS), draw) if number == 2 and config.relations else None
-    return Scene(config.kind, background, tuple(things), relation, len(config.sizes) > 1)
+    return Scene(config.kind, background, tuple(things), relation, config.says_sizes())
 
 
 def _pick(choices: tuple[_T, ...], draw: Callable[[], float]) -> _T:
@@ -431,7 +437,7 @@ def describe(scene: Scene) -> dict[str, object]:
 def _fingerprint(config: ScenesConfig, resolution: int) -> str:
     font = EMOJI_FONT.stat().st_size if config.kind == "emoji" else 0  # another font draws other pictures
     content = dataclasses.asdict(config)
-    for later, default in (("grid", 0), ("equal_sizes", False), ("phrasings", PHRASINGS)):
+    for later, default in (("grid", 0), ("size_words", "if_both"), ("equal_sizes", False), ("phrasings", PHRASINGS)):
         if content[later] == default:
             del content[later]  # so that what was cached before there was such a field is found again
     text = json.dumps([VERSION, resolution, font, content], sort_keys=True)

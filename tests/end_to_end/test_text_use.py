@@ -59,11 +59,12 @@ def test_wrong_captions_are_wrong_in_one_thing(text_use):
 
 
 def test_words_that_reach_nothing_are_worth_nothing(text_use, model):
-    def growth() -> list[float]:
-        found = text_use.measure(model, SCENES, 16, count=8)
+    def growth(phrasing: int = 0) -> list[float]:
+        found = text_use.measure(model, SCENES, 16, count=8, phrasing=phrasing)
         return found["opposite relation"] + found["another object"]
 
     assert max(map(abs, growth())) > 1e-6  # an untrained network, too, draws otherwise for other words
+    assert growth(phrasing=4) != growth()
     for name, module in model.unet.named_modules():
         if name.endswith("attn2"):
             torch.nn.init.zeros_(module.to_v.weight)

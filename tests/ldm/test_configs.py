@@ -98,7 +98,8 @@ def test_what_goes_on_from_a_model_of_ours_holds_the_same_combinations_out():
     assert [name_of(path) for path in further] == parts
     for path in further:
         now, first = (config.data.scenes for config in (config_of(path), OWN[config_of(path).model]))
-        free = {"count": 1, "min_objects": 1, "max_objects": 3, "equal_sizes": False, "phrasings": PHRASINGS}
+        free = {"count": 1, "min_objects": 1, "max_objects": 3, "phrasings": PHRASINGS}
+        free |= {"sizes": ("small", "large"), "size_words": "if_both"}
         assert dataclasses.replace(now, **free) == dataclasses.replace(first, **free)
         assert held_out_pairs(now) == held_out_pairs(first)
         assert held_out_singles(now) == held_out_singles(first)

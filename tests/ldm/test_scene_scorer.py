@@ -71,7 +71,7 @@ def test_true_scenes_are_found_right(config: ScenesConfig, resolution: int, coun
     assert result.pop("images") == count
     parts = {"background", "objects", "everything"}
     parts |= {"colours"} if config.kind == "shapes" else set()
-    parts |= {"sizes"} if len(config.sizes) == 2 else set()
+    parts |= {"sizes"} if config.says_sizes() else set()
     parts |= {"relation"} if config.max_objects == 2 else set()
     assert set(result) == parts
     assert min(result.values()) >= 0.99, result

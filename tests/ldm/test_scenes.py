@@ -56,6 +56,7 @@ FEW = {
 CONFIGS = {
     "one": ScenesConfig(),
     "few": ScenesConfig(**FEW, sizes=("large",)),
+    "few, their one size said": ScenesConfig(**FEW, sizes=("large",), size_words="always"),
     "two": ScenesConfig(min_objects=2, max_objects=2),
     "to three": ScenesConfig(max_objects=3, relations=False),
     "three of few": ScenesConfig(**FEW, min_objects=3, max_objects=3, held_out=0.3),
@@ -244,7 +245,7 @@ def alternatives(names: tuple[str, ...]) -> str:
 @each_config
 def test_captions_say_what_the_scene_shows(config: ScenesConfig) -> None:
     """The canonical caption is parsed by a grammar of its own and must give the scene back."""
-    size = "(?:(small|large) )" if len(config.sizes) > 1 else "()"
+    size = "(?:(small|large) )" if config.says_sizes() else "()"
     colour = f"(?:({alternatives(tuple(PALETTE))}) )" if config.kind == "shapes" else "()"
     noun = re.compile(f"an? {size}{colour}({alternatives(config.object_names)})")
     relation = re.compile(f" ({alternatives(tuple(RELATIONS))}) ")
@@ -258,7 +259,7 @@ def test_captions_say_what_the_scene_shows(config: ScenesConfig) -> None:
         for text, thing in zip(parts[::2], scene.objects, strict=True):
             words = noun.fullmatch(text)
             assert words is not None, text
-            assert words[1] == (thing.size if len(config.sizes) > 1 else "")
+            assert words[1] == (thing.size if config.says_sizes() else "")
             assert words[2] == (thing.colour or "") and words[3] == thing.name
 
 
@@ -522,6 +523,7 @@ def test_emoji_are_drawn_and_all_differ() -> None:
         ({"colours": ("puce",)}, "colours: found 'puce'"),
         ({"backgrounds": ("whit",)}, "backgrounds: found 'whit'.*did you mean 'white'"),
         ({"sizes": ()}, "sizes: found none"),
+        ({"size_words": "never"}, "size_words: found 'never'; allowed is if_both or always"),
         ({"sizes": ("huge",)}, "sizes: found 'huge'; allowed is small, large"),
         ({"count": 0}, "count: found 0"),
         ({"held_out": 0.6}, "held_out: found 0.6; allowed is 0 to 0.5"),
