@@ -1,4 +1,4 @@
-"""The five parts of `make reference`, in its order and from nothing, with few steps: each finds what the last one made."""
+"""The five parts of `make reference`, in its order and from nothing, with few steps each."""
 
 from __future__ import annotations
 
