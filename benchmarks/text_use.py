@@ -87,7 +87,10 @@ def errors(
 def measure(
     model: LatentDiffusionPipeline, scenes: ScenesConfig, resolution: int, count: int, phrasing: int
 ) -> dict[str, list[float]]:
-    """At each of `TIMESTEPS`: the error with the true captions, and its growth with each kind of wrong one."""
+    """At each of `TIMESTEPS`: the error with the true captions, and its growth with each kind of wrong one.
+
+    `phrasing` is as in `caption`; `count` fresh scenes of `resolution` pixels.
+    """
     shown = [scene_at(scenes, FIRST_SCENE + index) for index in range(count)]
     pictures = torch.stack([to_tensor(render_image(scene, resolution)) for scene in shown])  # [N, 3, H, W]
     latents = torch.cat([model.encode_images(part) for part in pictures.split(BATCH)])  # [N, C, h, w]
