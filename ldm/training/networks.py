@@ -63,7 +63,7 @@ def build_networks(config: Stage2Config, source: Source) -> Networks:
         autoencoder = load_autoencoder(str(config.autoencoder))
     own = encoders_beside(config.unet.pretrained)
     encoders = build_encoders(config.conditions, source, own)
-    checkpoint_text(config.unet, encoders)
+    prepare_text(config.unet, encoders)
     unet = build_conditioned_unet(
         config.unet,
         config.conditions,
@@ -86,7 +86,7 @@ def networks_of(config: Stage2Config, parts: Components, source: Source) -> Netw
     own = ConditionEncoders(parts.text_encoder, parts.semantic_encoder, parts.label_encoder)
     weights = _hash_of(autoencoder, own, parts.unet) if config.prior is not None else ""
     encoders = build_encoders(config.conditions, source, own)
-    checkpoint_text(config.unet, encoders)
+    prepare_text(config.unet, encoders)
     parts.unet.float().train()
     parts.unet.register_to_config(sample_size=config.data.resolution // downsampling_factor(autoencoder))
     unet = adapt_unet(parts.unet, config.unet, config.conditions, encoders, own, latent_channels(autoencoder))
@@ -98,13 +98,17 @@ def networks_of(config: Stage2Config, parts: Components, source: Source) -> Netw
     return Networks(autoencoder.float(), encoders.float(), unet, noise, weights)
 
 
-def checkpoint_text(config: UNetConfig, encoders: ConditionEncoders) -> None:
-    """Let a text encoder that is trained compute its activations again, as the U-Net does, instead of keeping them."""
-    if config.gradient_checkpointing and encoders.text is not None:
+def prepare_text(config: UNetConfig, encoders: ConditionEncoders) -> None:
+    """Let the text encoder do as the U-Net does: compute activations again, and attention by explicit products."""
+    if encoders.text is None:
+        return
+    model = encoders.text.model
+    if config.gradient_checkpointing:
         # Does nothing in evaluation mode, in which a frozen encoder always is.
-        model = encoders.text.model
         enable = getattr(model, "activation_checkpointing_enable", None)  # the newer name
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if config.attention_backend == "math":
+        model.set_attn_implementation("eager")
 
 
 def _hash_of(autoencoder: Autoencoder, encoders: ConditionEncoders, unet: UNet2DConditionModel) -> str:

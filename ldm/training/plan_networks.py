@@ -35,8 +35,8 @@ from ldm.training.networks import (
     adapt_unet,
     build_conditioned_unet,
     build_encoders,
-    checkpoint_text,
     networks_of,
+    prepare_text,
 )
 from ldm.training.stage2_config import Stage2Config
 from ldm.unet import UNetConfig, build_unet
@@ -74,7 +74,7 @@ class Sketch:
         old = Path(config.unet.pretrained or "/dev/null")
         own = ConditionEncoders(text, _semantic_encoder(old), _label_encoder(old))
         encoders = build_encoders(conditions, source, own)
-        checkpoint_text(config.unet, encoders)
+        prepare_text(config.unet, encoders)
         channels = latent_channels(vae)
         if (old / "unet" / "config.json").is_file() or (old / "config.json").is_file():
             folder = old / "unet" if (old / "unet").is_dir() else old
