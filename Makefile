@@ -54,7 +54,6 @@ demo-train: $(VENV)/installed
 reference: $(VENV)/installed
 	$(BIN)/python train_vae.py configs/reference/vae.yaml
 	$(BIN)/python train_ldm.py configs/reference/ldm.yaml
-	$(BIN)/python train_ldm.py configs/reference/ldm-conditions.yaml
 	$(BIN)/python train_ldm.py configs/reference/ldm-relations.yaml
 	$(BIN)/python train_ldm.py configs/reference/ldm-finish.yaml
 

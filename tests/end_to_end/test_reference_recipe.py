@@ -1,4 +1,4 @@
-"""The five parts of `make reference`, in its order and from nothing, with few steps each."""
+"""The four parts of `make reference`, in its order and from nothing, with few steps each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def recipe() -> list[tuple[str, Path]]:
     """Stage and config of each command of the Makefile's recipe."""
     _, _, rest = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nreference:")
     lines = [shlex.split(line) for line in rest.split("\n\n")[0].splitlines()[1:]]
-    assert [words[0] for words in lines] == ["$(BIN)/python"] * 5
+    assert [words[0] for words in lines] == ["$(BIN)/python"] * 4
     return [(words[1].removeprefix("train_").removesuffix(".py"), ROOT / words[2]) for words in lines]
 
 
@@ -36,7 +36,7 @@ def test_make_reference_goes_from_nothing_to_a_model_of_text_maps_and_masks(comm
     runs = commands.folder / "runs/reference"
     for stage, config in recipe():
         commands.train(stage, config, *SHORT, *(DRAWN if stage == "ldm" else ()))
-    for part in ("vae", "ldm", "conditions", "relations", "finish"):
+    for part in ("vae", "ldm", "relations", "finish"):
         trained = [row["loss"] for row in losses(runs / part) if "loss" in row]
         assert len(trained) == STEPS, part
     model = runs / "finish/pipeline"

@@ -39,7 +39,7 @@ def pipeline() -> LatentDiffusionPipeline:
 
 @pytest.fixture(scope="module")
 def vocabulary() -> ScenesConfig:
-    return load(Stage2Config, ROOT / "configs" / "reference" / "ldm-conditions.yaml").data.scenes
+    return load(Stage2Config, ROOT / "configs" / "reference" / "ldm-finish.yaml").data.scenes
 
 
 def test_it_is_small_and_holds_no_pickle() -> None:
