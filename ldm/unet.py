@@ -30,7 +30,7 @@ class UNetConfig:
 
     `attention_backend`: `auto` is `sdpa`, torch's fused kernels. `math` is explicit matrix products; on a CPU use it
     for bf16 with tiny latents, where the fused backward is slow. In fp32 on two cores the two take the same time at
-    8 x 8 latents and `sdpa` is four times faster at 16 x 16 (measured). With `math` the text encoder has them too.
+    8 x 8 latents and `sdpa` is four times faster at 16 x 16 (measured). Training: `math` is the text encoder's too.
     """
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)

@@ -99,7 +99,7 @@ def networks_of(config: Stage2Config, parts: Components, source: Source) -> Netw
 
 
 def prepare_text(config: UNetConfig, encoders: ConditionEncoders) -> None:
-    """Let the text encoder do as the U-Net does: compute activations again, and attention by explicit products."""
+    """Let the text encoder do as `config` says of the U-Net: keep no activations, compute attention explicitly."""
     if encoders.text is None:
         return
     model = encoders.text.model
